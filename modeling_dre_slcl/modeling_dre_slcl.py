@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The DRE-SLCL authors.
+"""The slide encoder: wires tile encoder, memory bank, residual encoder and contrastive loss (arXiv 2511.05034).
+
+Letters: B slides, M sampled tiles of each, N tiles, C channels, H and W pixels, K codewords, D feature width,
+R width of report encodings, E joint width, T text tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_dre_slcl import DreSlclConfig
+from .contrastive_loss import slide_level_contrastive_loss
+from .memory_bank import MemoryBank
+from .report_encoder import pool_report_states
+from .residual_encoder import ResidualEncoder, ResidualState, residual_sums
+from .tile_encoder import build_tile_encoder, encode_tiles, tile_encoder_width
+
+
+@dataclass
+class DreSlclOutput(ModelOutput):
+    """What `DreSlclModel` returns.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): the contrastive loss, when reports were given.
+        slide_embedding (`torch.Tensor` of shape `(B, D)`): one vector per slide, for probes, clustering and
+            slide-to-slide search. Not comparable with text.
+        slide_projection (`torch.Tensor` of shape `(B, E)`): L2-normalised; compare with `report_projection` and
+            `get_text_features`.
+        report_projection (`torch.Tensor` of shape `(B, E)`, *optional*): L2-normalised.
+        logits_per_slide (`torch.Tensor` of shape `(B, B)`, *optional*): scaled similarities of this process's slides
+            (rows) and reports (columns).
+        residuals (`torch.Tensor` of shape `(B, K, D)`): residual sums per codeword, not normalised.
+        codeword_counts (`torch.Tensor` of shape `(B, K)`): tiles per codeword.
+        tile_features (`torch.Tensor` of shape `(B, M, D)`): L2-normalised features of the given tiles.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(B, K, D)`, *optional*): codeword tokens before each layer
+            of the residual encoder and after the last.
+        attentions (`tuple` of `torch.Tensor` of shape `(B, heads, K, K)`, *optional*): its attention weights.
+    """
+
+    loss: torch.FloatTensor | None = None
+    slide_embedding: torch.FloatTensor | None = None
+    slide_projection: torch.FloatTensor | None = None
+    report_projection: torch.FloatTensor | None = None
+    logits_per_slide: torch.FloatTensor | None = None
+    residuals: torch.FloatTensor | None = None
+    codeword_counts: torch.Tensor | None = None
+    tile_features: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class DreSlclPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of DRE-SLCL models."""
+
+    config: DreSlclConfig
+    config_class = DreSlclConfig
+    base_model_prefix = "dre_slcl"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("CodewordLayer",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, ResidualEncoder):
+            init.normal_(module.codeword_embedding, std=std)
+            # Random codewords on the scale of the features, until K-means fits them.
+            init.normal_(module.codebook, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, DreSlclModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, every_n_layers: int = 1
+    ) -> None:
+        """Checkpoints the tile encoder, where nearly all activations are; timm models have a switch of their own."""
+        self.gradient_checkpointing = enable
+        if hasattr(self.tile_encoder, "timm_model"):
+            self.tile_encoder._set_gradient_checkpointing(enable)
+            return
+        kwargs = {"gradient_checkpointing_func": gradient_checkpointing_func} if gradient_checkpointing_func else {}
+        self.tile_encoder._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+class DreSlclModel(DreSlclPreTrainedModel):
+    """A whole-slide encoder: tiles of a slide -> one embedding per slide, comparable with pathology reports.
+
+    Example:
+
+    ```python
+    model = AutoModel.from_pretrained("namespace/name", trust_remote_code=True)
+    result = model.encode_slide("slide.svs")
+    result["slide_embedding"].shape  # (hidden_size,)
+    ```
+
+    Raises:
+        ValueError: if `hidden_size` or `report_hidden_size` of the config differs from the width of the tile encoder
+            or of the text model.
+    """
+
+    def __init__(self, config: DreSlclConfig) -> None:
+        super().__init__(config)
+        self.tile_encoder = build_tile_encoder(config.encoder_config, config.tile_pooling)
+        _check_width("hidden_size", config.hidden_size, tile_encoder_width(self.tile_encoder), "tile encoder")
+        self.memory_bank = MemoryBank(config.hidden_size, config.num_codewords)
+        self.residual_encoder = ResidualEncoder(
+            hidden_size=config.hidden_size,
+            num_codewords=config.num_codewords,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            dropout=config.hidden_dropout_prob,
+            layer_norm_eps=config.layer_norm_eps,
+        )
+        self.slide_projection = nn.Linear(config.hidden_size, config.projection_size)
+        self.text_encoder = None
+        if config.text_config is not None:
+            self.text_encoder = AutoModel.from_config(config.text_config).requires_grad_(False)
+            if getattr(self.text_encoder, "pooler", None) is not None:
+                self.text_encoder.pooler = None
+            width = config.text_config.hidden_size
+            _check_width("report_hidden_size", config.report_hidden_size, width, "text model")
+        self.text_projection = nn.Identity()
+        if config.text_projection == "linear":
+            self.text_projection = nn.Linear(config.report_hidden_size, config.projection_size)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.gradient_checkpointing = False
+        # Relative to the module given to DistributedDataParallel: each process keeps its own part of the bank.
+        self._ddp_params_and_buffers_to_ignore = [f"memory_bank.{name}" for name in MemoryBank.BUFFER_NAMES]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Returns the tile encoder's patch embedding, where it has one."""
+        return self.tile_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the tile encoder's patch embedding."""
+        self.tile_encoder.set_input_embeddings(value)
+
+    def get_tile_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encodes tiles.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, C, H, W)`, float): normalised pixels.
+
+        Returns:
+            `torch.Tensor` of shape `(N, D)`: L2-normalised features.
+        """
+        return encode_tiles(self.tile_encoder, pixel_values, self.config.tile_pooling)
+
+    def get_report_projection(self, report_embeds: torch.Tensor) -> torch.Tensor:
+        """Brings report encodings `(B, R)` to the joint space: `torch.Tensor` of shape `(B, E)`, L2-normalised."""
+        return F.normalize(self.text_projection(report_embeds.to(self.logit_scale.dtype)), dim=-1)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Encodes reports or queries with the text model that ships inside this model.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, int64): token ids.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(B, E)`: L2-normalised; the dot product with `slide_projection` is the cosine.
+
+        Raises:
+            ValueError: if no text model ships with this model.
+        """
+        return self.get_report_projection(self.encode_reports(input_ids, attention_mask))
+
+    @torch.no_grad()
+    def encode_reports(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Encodes reports with the frozen text model, before projection: `(B, T)` ids -> `(B, R)`, float.
+
+        Raises:
+            ValueError: if no text model ships with this model.
+        """
+        if self.text_encoder is None:
+            raise ValueError(
+                "This model ships without a text model (`text_config` is None). Encode the text with the model that it "
+                "was trained with (see its card) and pass the result as `report_embeds`."
+            )
+        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return pool_report_states(states, attention_mask, self.config.text_pooling)
+
+    def encode_residuals(
+        self, residuals: torch.Tensor, counts: torch.Tensor, need_weights: bool = False
+    ) -> DreSlclOutput:
+        """Residual sums -> slide embedding and projection.
+
+        Args:
+            residuals (`torch.Tensor` of shape `(B, K, D)`, float): residual sums, not normalised.
+            counts (`torch.Tensor` of shape `(B, K)`): tiles per codeword.
+            need_weights (`bool`, defaults to `False`): also return attention weights.
+
+        Returns:
+            `DreSlclOutput` with `slide_embedding`, `slide_projection`, `residuals`, `codeword_counts`,
+            `hidden_states` and `attentions`.
+        """
+        encoded = self.residual_encoder(residuals, counts, need_weights=need_weights)
+        return DreSlclOutput(
+            slide_embedding=encoded.slide_embedding,
+            slide_projection=F.normalize(self.slide_projection(encoded.slide_embedding), dim=-1),
+            residuals=residuals,
+            codeword_counts=counts,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def get_slide_features(self, tile_features: torch.Tensor, tile_mask: torch.Tensor | None = None) -> DreSlclOutput:
+        """Features of a slide's tiles -> slide embedding.
+
+        Args:
+            tile_features (`torch.Tensor` of shape `(B, N, D)`, float): from `get_tile_features`.
+            tile_mask (`torch.Tensor` of shape `(B, N)`, bool, *optional*): False for padding.
+
+        Returns:
+            `DreSlclOutput`, as `encode_residuals`, with `tile_features`.
+        """
+        residuals, counts = residual_sums(tile_features, self.residual_encoder.codebook, tile_mask)
+        outputs = self.encode_residuals(residuals, counts)
+        outputs.tile_features = tile_features
+        return outputs
+
+    def empty_state(self) -> ResidualState:
+        """Returns the running state of a slide without tiles; add tiles with `state.add(features, model.codebook)`."""
+        return ResidualState.empty(self.codebook)
+
+    def get_state_features(self, state: ResidualState) -> DreSlclOutput:
+        """A slide's running state -> slide embedding, with a batch of one."""
+        residuals = state.residuals(self.codebook).to(self.logit_scale.dtype)
+        return self.encode_residuals(residuals[None], state.counts[None])
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The codewords: `torch.Tensor` of shape `(K, D)`."""
+        return self.residual_encoder.codebook
+
+    def encode_slide(self, path: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """Reads, tiles and encodes one slide; arguments and result as in `slide_inference.encode_slide`."""
+        from .slide_inference import encode_slide
+
+        return encode_slide(self, path, **kwargs)
+
+    def attribute_tiles(self, tile_features: torch.Tensor, direction: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Says which tiles a match with a text rests on; arguments and result as in `attribution.attribute_tiles`."""
+        from .attribution import attribute_tiles
+
+        return attribute_tiles(self, tile_features, direction, **kwargs)
+
+    def zero_shot_classifier(
+        self, tokenizer: Any, class_names: Sequence[Sequence[str]], templates: Sequence[str]
+    ) -> torch.Tensor:
+        """Builds a classifier from text; arguments and result as in `zero_shot.zero_shot_classifier`."""
+        from .zero_shot import zero_shot_classifier
+
+        return zero_shot_classifier(self, tokenizer, class_names, templates)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves weights, config and this code, so that the folder (or the Hub) serves `AutoModel` and `pipeline`.
+
+        Arguments as in `PreTrainedModel.save_pretrained`.
+        """
+        # Named here so that transformers, which follows relative imports, carries the pipeline along.
+        from .pipeline_dre_slcl import TASK, SlideFeatureExtractionPipeline
+
+        implementation = f"pipeline_dre_slcl.{SlideFeatureExtractionPipeline.__name__}"
+        self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"]}}
+        super().save_pretrained(save_directory, **kwargs)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        tile_mask: torch.Tensor | None = None,
+        stored_residuals: torch.Tensor | None = None,
+        stored_counts: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        report_embeds: torch.Tensor | None = None,
+        group_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DreSlclOutput | tuple:
+        """Encodes tiles and joins them with what is stored of their slides.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, M, C, H, W)`, float): normalised pixels of each slide's tiles.
+            tile_mask (`torch.Tensor` of shape `(B, M)`, bool, *optional*): False for padding.
+            stored_residuals (`torch.Tensor` of shape `(B, K, D)`, *optional*): residual sums over other tiles of the
+                slides, from the memory bank; they carry no gradient.
+            stored_counts (`torch.Tensor` of shape `(B, K)`, *optional*): the number of those tiles per codeword.
+            input_ids (`torch.Tensor` of shape `(B, T)`, *optional*): the reports' token ids.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens.
+            report_embeds (`torch.Tensor` of shape `(B, R)`, *optional*): the reports' encodings, instead of
+                `input_ids`.
+            group_ids (`torch.Tensor` of shape `(B,)`, *optional*): as in `slide_level_contrastive_loss`.
+            output_hidden_states (`bool`, *optional*): return the codeword tokens of every layer.
+            output_attentions (`bool`, *optional*): return the residual encoder's attention weights.
+            return_dict (`bool`, *optional*): return a `DreSlclOutput` rather than a tuple.
+
+        Returns:
+            `DreSlclOutput`.
+        """
+        outputs = self._encode(
+            pixel_values, tile_mask, stored_residuals, stored_counts, self._wants(output_attentions)
+        )
+        if input_ids is not None and report_embeds is None:
+            report_embeds = self.encode_reports(input_ids, attention_mask)
+        if report_embeds is not None:
+            outputs.report_projection = self.get_report_projection(report_embeds)
+            scale = self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
+            outputs.logits_per_slide = scale * outputs.slide_projection @ outputs.report_projection.T
+            outputs.loss = slide_level_contrastive_loss(
+                outputs.slide_projection, outputs.report_projection, scale, group_ids
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if not output_hidden_states:
+            outputs.hidden_states = None
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = DreSlclOutput(**{key: value for key, value in outputs.items() if value is not None})
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _encode(
+        self,
+        pixel_values: torch.Tensor,
+        tile_mask: torch.Tensor | None,
+        stored_residuals: torch.Tensor | None,
+        stored_counts: torch.Tensor | None,
+        need_weights: bool,
+    ) -> DreSlclOutput:
+        """Fresh tiles plus stored residuals -> slide embedding."""
+        if pixel_values.ndim != 5:
+            raise ValueError(
+                "`pixel_values` must have shape (slides, tiles, channels, height, width), got "
+                f"{tuple(pixel_values.shape)}; for tiles without slides use `get_tile_features`."
+            )
+        # (B, M, C, H, W) -> (B M, C, H, W) -> (B, M, D)
+        tile_features = self.get_tile_features(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
+        residuals, counts = residual_sums(tile_features, self.codebook, tile_mask)
+        if stored_residuals is not None:
+            residuals = residuals + stored_residuals.to(residuals)
+            counts = counts + stored_counts.to(counts)
+        outputs = self.encode_residuals(residuals, counts, need_weights)
+        outputs.tile_features = tile_features
+        return outputs
+
+    def _wants(self, output_attentions: bool | None) -> bool:
+        return bool(self.config.output_attentions if output_attentions is None else output_attentions)
+
+
+def _check_width(field: str, stated: int, found: int, part: str) -> None:
+    if stated != found:
+        raise ValueError(f"`{field}` is {stated}, but the {part} is {found} wide; set `{field}={found}`.")
+
+
+__all__ = ["DreSlclModel", "DreSlclOutput", "DreSlclPreTrainedModel"]

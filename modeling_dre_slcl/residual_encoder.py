@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Part 3, residual encoding: tile features + codebook -> residuals per codeword -> slide embedding.
+
+The residual of a tile is its feature minus its nearest codeword. A slide's residuals are sums, V_k = S_k - n_k c_k
+with S_k the sum of the features assigned to codeword k and n_k their number, so they can be computed in any order, in
+chunks, and corrected tile by tile (`ResidualState`).
+
+Letters: B slides, N tiles, K codewords, D feature width, A attention heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def assign_codewords(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Assigns each feature to its nearest codeword (Euclidean distance; the lowest index wins a tie).
+
+    Args:
+        features (`torch.Tensor` of shape `(..., D)`, float): tile features.
+        codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, int64: indices of codewords.
+    """
+    codebook = codebook.to(features.dtype)
+    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all codewords
+    return (features @ codebook.T - codebook.square().sum(dim=-1) / 2).argmax(dim=-1)
+
+
+def residual_sums(
+    features: torch.Tensor, codebook: torch.Tensor, tile_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums the residuals of a slide's tiles at each codeword; differentiable in `features`.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, N, D)`, float): tile features.
+        codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
+        tile_mask (`torch.Tensor` of shape `(B, N)`, bool, *optional*): True for real tiles, False for padding.
+
+    Returns:
+        `tuple`: residuals of shape `(B, K, D)` and counts of shape `(B, K)`, in the dtype of `features`.
+    """
+    codebook = codebook.to(features.dtype)
+    assignment = F.one_hot(assign_codewords(features.detach(), codebook), len(codebook)).to(features.dtype)
+    if tile_mask is not None:
+        assignment = assignment * tile_mask[..., None].to(features.dtype)
+    counts = assignment.sum(dim=1)
+    # (B, N, K), (B, N, D) -> (B, K, D)
+    sums = torch.einsum("bnk,bnd->bkd", assignment, features)
+    return sums - counts[..., None] * codebook, counts
+
+
+@dataclass
+class ResidualState:
+    """A slide's feature sums and tile counts per codeword: a value that tiles are added to, and that can be merged.
+
+    Args:
+        feature_sums (`torch.Tensor` of shape `(K, D)`, float64): sums of tile features per codeword.
+        counts (`torch.Tensor` of shape `(K,)`, int64): number of tiles per codeword.
+    """
+
+    feature_sums: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def empty(cls, codebook: torch.Tensor) -> "ResidualState":
+        """Returns the state of a slide without tiles, for a codebook of shape `(K, D)`."""
+        counts = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
+        return cls(torch.zeros_like(codebook, dtype=torch.float64), counts)
+
+    def add(self, features: torch.Tensor, codebook: torch.Tensor, sign: int = 1) -> torch.Tensor:
+        """Adds tiles (or, with `sign=-1`, removes tiles that were added before).
+
+        Args:
+            features (`torch.Tensor` of shape `(N, D)`, float): tile features.
+            codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
+            sign (`int`, defaults to 1): 1 to add, -1 to remove.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, int64: the codeword of each tile.
+        """
+        assignment = assign_codewords(features, codebook)
+        self.feature_sums.index_add_(0, assignment, features.to(torch.float64), alpha=sign)
+        self.counts.index_add_(0, assignment, torch.full_like(assignment, sign))
+        return assignment
+
+    def merge(self, other: "ResidualState") -> "ResidualState":
+        """Returns the state of both slides' tiles together."""
+        return ResidualState(self.feature_sums + other.feature_sums, self.counts + other.counts)
+
+    def residuals(self, codebook: torch.Tensor) -> torch.Tensor:
+        """Returns the residuals V_k = S_k - n_k c_k: `torch.Tensor` of shape `(K, D)`, float64."""
+        return self.feature_sums - self.counts[:, None] * codebook.to(torch.float64)
+
+
+def normalize_residuals(residuals: torch.Tensor) -> torch.Tensor:
+    """VLAD normalisation: each codeword's residual to unit L2 norm, then the whole to unit L2 norm.
+
+    Args:
+        residuals (`torch.Tensor` of shape `(B, K, D)`, float): zero where a codeword has no tiles.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, D)`: zero rows stay zero.
+    """
+    per_codeword = F.normalize(residuals, dim=-1)
+    return F.normalize(per_codeword.flatten(1), dim=-1).view_as(residuals)
+
+
+class CodewordAttention(nn.Module):
+    """Multi-head self-attention over codeword tokens; codewords without tiles are not attended to."""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.head_size = hidden_size // num_attention_heads
+        self.dropout = dropout
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, tokens: torch.Tensor, token_mask: torch.Tensor, need_weights: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(B, K, D)`): codeword tokens.
+            token_mask (`torch.Tensor` of shape `(B, K)`, bool): True for codewords to attend to.
+            need_weights (`bool`): compute attention step by step and return its weights.
+
+        Returns:
+            `tuple`: tokens of shape `(B, K, D)`, and weights of shape `(B, A, K, K)` or `None`.
+        """
+        batch_size, num_codewords, _ = tokens.shape
+        # (B, K, 3 D) -> (3, B, A, K, D / A)
+        shape = (batch_size, num_codewords, 3, self.num_attention_heads, self.head_size)
+        query, key, value = self.query_key_value(tokens).view(shape).permute(2, 0, 3, 1, 4)
+        mask = token_mask[:, None, None, :]
+        weights = None
+        if need_weights:
+            scores = (query @ key.transpose(-1, -2)) * self.head_size**-0.5
+            weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+            mixed = F.dropout(weights, self.dropout, self.training) @ value
+        else:
+            dropout = self.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        # (B, A, K, D / A) -> (B, K, D)
+        return self.output(mixed.transpose(1, 2).reshape(tokens.shape)), weights
+
+
+class CodewordLayer(nn.Module):
+    """One pre-norm Transformer layer over codeword tokens."""
+
+    def __init__(
+        self, hidden_size: int, num_attention_heads: int, intermediate_size: int, dropout: float, layer_norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.attention = CodewordAttention(hidden_size, num_attention_heads, dropout)
+        self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.intermediate = nn.Linear(hidden_size, intermediate_size)
+        self.output = nn.Linear(intermediate_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, tokens: torch.Tensor, token_mask: torch.Tensor, need_weights: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Refines tokens of shape `(B, K, D)`; arguments and returns as in `CodewordAttention`."""
+        attended, weights = self.attention(self.attention_norm(tokens), token_mask, need_weights)
+        tokens = tokens + self.dropout(attended)
+        expanded = F.gelu(self.intermediate(self.feed_forward_norm(tokens)))
+        return tokens + self.dropout(self.output(expanded)), weights
+
+
+@dataclass
+class ResidualEncoderOutput:
+    """What `ResidualEncoder` returns.
+
+    Args:
+        slide_embedding (`torch.Tensor` of shape `(B, D)`): the slide embeddings.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(B, K, D)`): the tokens before each layer and after the last.
+        attentions (`tuple` of `torch.Tensor` of shape `(B, A, K, K)`, *optional*): each layer's attention weights.
+    """
+
+    slide_embedding: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...]
+    attentions: tuple[torch.Tensor, ...] | None
+
+
+class ResidualEncoder(nn.Module):
+    """The codebook, and the small Transformer that turns a slide's residuals into its embedding.
+
+    Args:
+        hidden_size (`int`): feature width D.
+        num_codewords (`int`): number K of codewords.
+        num_hidden_layers (`int`): Transformer layers.
+        num_attention_heads (`int`): attention heads A.
+        intermediate_size (`int`): feed-forward width.
+        dropout (`float`): dropout probability.
+        layer_norm_eps (`float`): epsilon of the layer norms.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_codewords: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        dropout: float,
+        layer_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("codebook", torch.zeros(num_codewords, hidden_size))
+        self.codeword_embedding = nn.Parameter(torch.zeros(num_codewords, hidden_size))
+        layer: Callable[[], CodewordLayer] = lambda: CodewordLayer(  # noqa: E731
+            hidden_size, num_attention_heads, intermediate_size, dropout, layer_norm_eps
+        )
+        self.layers = nn.ModuleList(layer() for _ in range(num_hidden_layers))
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(
+        self, residuals: torch.Tensor, counts: torch.Tensor, need_weights: bool = False
+    ) -> ResidualEncoderOutput:
+        """Encodes slides.
+
+        Args:
+            residuals (`torch.Tensor` of shape `(B, K, D)`, float): residual sums, not normalised.
+            counts (`torch.Tensor` of shape `(B, K)`): tiles per codeword; codewords with none are masked.
+            need_weights (`bool`, defaults to `False`): also return attention weights.
+
+        Returns:
+            `ResidualEncoderOutput`.
+        """
+        token_mask = counts > 0
+        # A slide without any tile attends to all of its zero tokens instead of to nothing, which would be NaN.
+        token_mask = token_mask | ~token_mask.any(dim=1, keepdim=True)
+        tokens = normalize_residuals(residuals).to(self.norm.weight.dtype) + self.codeword_embedding
+        hidden_states, attentions = [tokens], []
+        for layer in self.layers:
+            tokens, weights = layer(tokens, token_mask, need_weights)
+            hidden_states.append(tokens)
+            attentions.append(weights)
+        weights = token_mask[..., None].to(tokens.dtype)
+        embedding = (self.norm(tokens) * weights).sum(dim=1) / weights.sum(dim=1)
+        return ResidualEncoderOutput(embedding, tuple(hidden_states), tuple(attentions) if need_weights else None)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing to the Hugging Face Hub: model card, checks before upload, upload."""

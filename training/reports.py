@@ -34,6 +34,9 @@ class ReportEncoder:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, *, pooling: str, max_tokens: int) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        if getattr(model, "pooler", None) is not None:
+            # Token states are pooled here; a pooler of the model's own would be dead weight in what is published.
+            model.pooler = None
         self.pooling = pooling
         self.max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)
         if tokenizer.pad_token is None:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dre-slcl`: one command with a subcommand for each task. The only place above all folders."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+# Subcommand -> (module, one line of help). Modules are imported only when their subcommand is called.
+COMMANDS = {
+    "tiles": ("dre_slcl.training.build_dataset", "tile slides into a Hugging Face dataset"),
+    "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),
+    "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
+    "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),
+    "publish": ("dre_slcl.hub.publish", "publish a model or a dataset on the Hugging Face Hub"),
+    "demo": ("dre_slcl.training.demo.run_demo", "run everything on a small synthetic cohort, on a CPU, in minutes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Args:
+        argv (sequence of `str`, *optional*): the arguments; by default those of the process.
+
+    Returns:
+        `int`: exit status: 0 complete, 1 failed, 2 wrong usage, 3 partial (some slides were refused), 128 + n when
+        signal n stopped it.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        "dre-slcl",
+        description="Whole-slide-image encoders trained end to end with pathology reports.",
+        epilog="`dre-slcl COMMAND --help` explains a command. New here? `dre-slcl demo` shows everything in minutes.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if argv and argv[0] == name:
+            importlib.import_module(module).add_arguments(command)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # One line per HTTP request would bury everything else.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,6 +36,9 @@ class TrainConfig:
     ship_text_model: bool = _setting(
         True, "put the text model into the trained model, so that it answers text queries"
     )
+    center_reports: bool = _setting(
+        True, "subtract the mean encoding of the training reports, which frozen text models give to every report"
+    )
     max_report_tokens: int = _setting(512, "reports are cut to this length")
     model_config: dict[str, Any] = _setting({}, "further fields of DreSlclConfig, for example {num_codewords: 32}")
     image_mean: list[float] = field(

@@ -67,6 +67,11 @@ class RunData:
         self.report_embeds = torch.zeros(len(self.source.slides), encoded.shape[1])
         self.report_embeds[self.slides] = encoded
 
+    def mean_report_embed(self) -> torch.Tensor:
+        """Mean encoding of the distinct reports: `torch.Tensor` of shape `(R,)`."""
+        distinct = {self.source.slides[slide].report: slide for slide in self.slides}
+        return self.report_embeds[sorted(distinct.values())].mean(dim=0)
+
     def num_tiles_owned(self) -> list[int]:
         """Tiles of each owned slide, for `MemoryBank.allocate`."""
         return [self.source.slides[slide].num_tiles for slide in self.owned]

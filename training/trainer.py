@@ -121,6 +121,8 @@ class Trainer:
         with self.accelerator.main_process_first():
             cache = self.output_dir / "report_cache"
             self.data.set_report_embeds(encode_reports(self.parts.report_encoder, self.data.reports, cache))
+        if config.center_reports and config.model is None:
+            model.report_mean.copy_(self.data.mean_report_embed())
         self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, config))
         # Only the forward pass goes through DistributedDataParallel; everything else speaks to the model itself.

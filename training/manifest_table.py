@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads tables from CSV, TSV, Parquet or a `datasets.Dataset` into columns, and types their cells.
+
+Ids, paths and reports stay text (leading zeros matter); label columns become numbers where all cells are numbers.
+"""
+
+import csv
+import datetime as dt
+import decimal
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .manifest_checks import raise_offenders
+
+if TYPE_CHECKING:
+    import datasets
+
+Label = str | int | float | bool | None
+
+# How spreadsheets and statistics programs write a missing value.
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "#n/a"})
+# A leading zero marks a code such as "007", not a number.
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
+_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_MAX_FIELD_CHARS = 16 << 20
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """Reads a `.csv`, `.tsv` or `.parquet` file into columns; cells of text files are strings.
+
+    Raises:
+        ValueError: if the file is of another type, is no UTF-8 table, is empty, or has rows of different lengths.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path).to_pydict()
+    if suffix not in {".csv", ".tsv"}:
+        raise ValueError(f"{path}: expected a folder of slides or a .csv, .tsv or .parquet table.")
+    lines = _read_lines(path, "\t" if suffix == ".tsv" else _delimiter(path))
+    header = [name.strip() for name in lines[0]]
+    raise_offenders(f"{path}: columns must differ", [repr(name) for name, n in Counter(header).items() if n > 1])
+    wrong = [f"row {i}: {len(line)} fields" for i, line in enumerate(lines[1:], 1) if len(line) != len(header)]
+    raise_offenders(f"{path}: expected {len(header)} fields in every row (quote text that holds commas)", wrong)
+    return {name: [line[i] for line in lines[1:]] for i, name in enumerate(header)}
+
+
+def _read_lines(path: Path, delimiter: str) -> list[list[str]]:
+    previous_limit = csv.field_size_limit(_MAX_FIELD_CHARS)  # a report may be longer than csv's 128 kB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            lines = list(csv.reader(handle, delimiter=delimiter, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a UTF-8 table with quoted text fields ({error}).") from error
+    finally:
+        csv.field_size_limit(previous_limit)
+    lines = [line for line in lines if any(cell.strip() for cell in line)]
+    if len(lines) < 2:
+        raise ValueError(f"{path}: the table is empty; expected a header with at least `path`, and one row per slide.")
+    return lines
+
+
+def _delimiter(path: Path) -> str:
+    with path.open(encoding="utf-8-sig", errors="replace") as handle:
+        header = handle.readline()
+    return ";" if ";" in header and "," not in header else ","  # spreadsheets of some locales write semicolons
+
+
+def table_of_dataset(dataset: "datasets.Dataset") -> dict[str, list[Any]]:
+    """Returns a dataset's columns, class labels by their names."""
+    table = dataset.with_format(None).to_dict()
+    for name, feature in dataset.features.items():
+        if hasattr(feature, "int2str"):
+            table[name] = [None if value is None or value < 0 else feature.int2str(value) for value in table[name]]
+    return table
+
+
+def text_column(name: str, values: Sequence[Any]) -> list[str]:
+    """Returns a column of ids, paths, numbers or reports as text, "" where a cell is missing.
+
+    Raises:
+        ValueError: if a cell is neither text nor a number, naming its row.
+    """
+    return [_text(value, f"Manifest column `{name}`, row {i}") for i, value in enumerate(values, 1)]
+
+
+def _text(value: Any, place: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{place}: expected text, found {type(value).__name__}.")
+
+
+def label_column(name: str, values: Sequence[Any]) -> list[Label]:
+    """Returns a label column of one type: integers, floats, booleans or strings; missing values are `None`.
+
+    Text cells become numbers only if every cell that is not missing is one. `NA`, `N/A`, `NaN`, `null` and empty
+    cells are missing.
+
+    Raises:
+        ValueError: if the column holds anything but text and numbers (lists, bytes), naming the column.
+    """
+    cells = [_plain(value, name) for value in values]
+    present = [cell for cell in cells if cell is not None]
+    kind = _common_type(present)
+    return [None if cell is None else kind(cell) for cell in cells]
+
+
+def _common_type(present: Sequence[Any]) -> type:
+    types = {type(cell) for cell in present}
+    if types == {str}:
+        if all(_INTEGER.fullmatch(cell) for cell in present):
+            return int
+        is_number = all(_NUMBER.fullmatch(cell) and math.isfinite(float(cell)) for cell in present)
+        return float if is_number else str
+    if types == {int, float}:
+        return float
+    return types.pop() if len(types) == 1 else str
+
+
+def _plain(value: Any, name: str) -> Label:
+    if isinstance(value, str):
+        text = value.strip()
+        return None if text.casefold() in MISSING else text
+    if isinstance(value, (float, decimal.Decimal)):
+        number = float(value)
+        if math.isinf(number):
+            raise ValueError(f"Manifest column `{name}`: found an infinite number; leave the cell empty if unknown.")
+        return None if math.isnan(number) else number
+    if isinstance(value, (dt.date, dt.datetime)):
+        return value.isoformat()
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    raise ValueError(f"Manifest column `{name}`: labels are text or numbers, found {type(value).__name__}.")

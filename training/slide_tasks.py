@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides, before any pixel is read, which slides are to be tiled and which are refused."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from modeling_dre_slcl.slide_reader import SlideError, slide_fingerprint
+
+from .build_options import BuildOptions
+from .dataset_info import FORMAT_VERSION, hash_json
+from .manifest import ManifestRow
+from .slide_part import PartRecord, SlideTask, refuse_slide
+
+_NUM_THREADS = 8
+# Formats whose named file does not hold the pixels: equal files need not be equal slides.
+_INDEX_SUFFIXES = frozenset({".mrxs", ".vms", ".vmu"})
+
+
+def fingerprint_slides(rows: Sequence[ManifestRow]) -> dict[str, str | SlideError]:
+    """Returns the fingerprint of every slide, or why there is none; files are read in parallel."""
+
+    def fingerprint(row: ManifestRow) -> str | SlideError:
+        try:
+            return slide_fingerprint(row.path)
+        except SlideError as error:
+            return error
+        except OSError as error:
+            return SlideError(row.slide_id, "unreadable", f"{row.path}: {error.strerror}")
+
+    with ThreadPoolExecutor(_NUM_THREADS) as executor:
+        return dict(zip([row.slide_id for row in rows], executor.map(fingerprint, rows), strict=True))
+
+
+def make_tasks(
+    rows: Sequence[ManifestRow],
+    fingerprints: Mapping[str, str | SlideError],
+    *,
+    options: BuildOptions,
+    parts_dir: Path,
+    previews_dir: Path,
+) -> tuple[list[SlideTask], list[PartRecord]]:
+    """Returns a task for each slide that can be tried, and the records of those refused already.
+
+    Refused are slides without a readable file, and slides that are the same file as an earlier one: the same pixels
+    under two names could end up in two splits.
+
+    Args:
+        rows (`Sequence[ManifestRow]`): all slides.
+        fingerprints (`Mapping`): from `fingerprint_slides`.
+        options (`BuildOptions`): how to tile them.
+        parts_dir (`Path`), previews_dir (`Path`): where workers write.
+    """
+    tasks, refused = [], []
+    first_with: dict[str, str] = {}
+    for row in rows:
+        found = fingerprints[row.slide_id]
+        mpp = options.mpp_of(row.mpp)
+        fingerprint = found if isinstance(found, str) else ""
+        task = SlideTask(
+            slide_id=row.slide_id,
+            path=row.path,
+            stored_path=row.stored_path,
+            mpp=mpp,
+            fingerprint=fingerprint,
+            key=hash_json([FORMAT_VERSION, options.parameters(), mpp, fingerprint]),
+            grid_config=options.grid_config,
+            jpeg_quality=options.stored_quality,
+            parts_dir=parts_dir,
+            previews_dir=previews_dir,
+        )
+        if isinstance(found, SlideError):
+            refused.append(refuse_slide(task, found.reason, found.message))
+            continue
+        first = first_with.setdefault(found, row.slide_id)
+        if first != row.slide_id and row.path.suffix.lower() not in _INDEX_SUFFIXES:
+            refused.append(refuse_slide(task, "duplicate_id", f"the file has the same content as slide {first}"))
+        else:
+            tasks.append(task)
+    return tasks, refused

@@ -38,11 +38,11 @@ def attribute_tiles(
         chunk, codeword = features[start : start + chunk_size], assignment[start : start + chunk_size]
         index = torch.arange(len(chunk), device=chunk.device)
         without, counts = residuals.repeat(len(chunk), 1, 1), state.counts.repeat(len(chunk), 1)
-        without[index, codeword] -= (chunk - model.codebook[codeword]).double()
+        without[index, codeword] -= chunk.double() - model.codebook[codeword].double()
         counts[index, codeword] -= 1
         # A codeword that loses its only tile is empty: exactly zero, not a rounding error blown up to unit norm.
         without[counts == 0] = 0
-        projection = model.encode_residuals(without.to(model.dtype), counts).slide_projection
+        projection = model.encode_residuals(without, counts).slide_projection
         losses.append((full - projection @ direction).float().cpu())
     return torch.cat(losses)
 

@@ -23,7 +23,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.num_rows
         return gradient[start : start + ctx.num_rows]
@@ -44,6 +44,22 @@ def gather_rows(local: torch.Tensor) -> torch.Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local
     return _GatherWithGradient.apply(local)
+
+
+def similarity_logits(slides: torch.Tensor, reports: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """Scaled cosine similarities, never below float32: at a scale of 100, bfloat16 would round them by 0.4.
+
+    Args:
+        slides (`torch.Tensor` of shape `(n, E)`, float): L2-normalised.
+        reports (`torch.Tensor` of shape `(m, E)`, float): L2-normalised.
+        logit_scale (`torch.Tensor` of shape `()`, float): factor on the cosine similarities (1 / temperature).
+
+    Returns:
+        `torch.Tensor` of shape `(n, m)`, float.
+    """
+    dtype = torch.promote_types(slides.dtype, torch.float32)
+    with torch.autocast(slides.device.type, enabled=False):
+        return logit_scale.to(dtype) * (slides.to(dtype) @ reports.to(dtype).T)
 
 
 def slide_level_contrastive_loss(
@@ -69,7 +85,7 @@ def slide_level_contrastive_loss(
         process.
     """
     slides, reports = gather_rows(slide_projection), gather_rows(report_projection)
-    logits = logit_scale * slides @ reports.T
+    logits = similarity_logits(slides, reports, logit_scale)
     if group_ids is None:
         target = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     else:

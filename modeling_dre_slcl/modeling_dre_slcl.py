@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_dre_slcl import DreSlclConfig
-from .contrastive_loss import slide_level_contrastive_loss
+from .contrastive_loss import similarity_logits, slide_level_contrastive_loss
 from .memory_bank import MemoryBank
 from .report_encoder import pool_report_states
 from .residual_encoder import ResidualEncoder, ResidualState, residual_sums
@@ -81,6 +81,7 @@ class DreSlclPreTrainedModel(PreTrainedModel):
             init.normal_(module.codebook, std=self.config.hidden_size**-0.5)
         elif isinstance(module, DreSlclModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            init.zeros_(module.report_mean)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, every_n_layers: int = 1
@@ -135,11 +136,21 @@ class DreSlclModel(DreSlclPreTrainedModel):
         self.text_projection = nn.Identity()
         if config.text_projection == "linear":
             self.text_projection = nn.Linear(config.report_hidden_size, config.projection_size)
+        # The part that a frozen text model gives to every report; training sets it, and zero changes nothing.
+        self.register_buffer("report_mean", torch.zeros(config.report_hidden_size))
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.gradient_checkpointing = False
         # Relative to the module given to DistributedDataParallel: each process keeps its own part of the bank.
         self._ddp_params_and_buffers_to_ignore = [f"memory_bank.{name}" for name in MemoryBank.BUFFER_NAMES]
         self.post_init()
+
+    def train(self, mode: bool = True) -> "DreSlclModel":
+        """Switches training behaviour on or off, but never in the text model: it is frozen, dropout included."""
+        super().train(mode)
+        if self.text_encoder is not None:
+            # Frozen again here, because `from_pretrained` makes every parameter it loads trainable, then calls `eval`.
+            self.text_encoder.eval().requires_grad_(False)
+        return self
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Returns the tile encoder's patch embedding, where it has one."""
@@ -162,7 +173,8 @@ class DreSlclModel(DreSlclPreTrainedModel):
 
     def get_report_projection(self, report_embeds: torch.Tensor) -> torch.Tensor:
         """Brings report encodings `(B, R)` to the joint space: `torch.Tensor` of shape `(B, E)`, L2-normalised."""
-        return F.normalize(self.text_projection(report_embeds.to(self.logit_scale.dtype)), dim=-1)
+        centered = report_embeds.to(self.report_mean) - self.report_mean
+        return F.normalize(self.text_projection(centered), dim=-1)
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Encodes reports or queries with the text model that ships inside this model.
@@ -188,8 +200,8 @@ class DreSlclModel(DreSlclPreTrainedModel):
         """
         if self.text_encoder is None:
             raise ValueError(
-                "This model ships without a text model (`text_config` is None). Encode the text with the model that it "
-                "was trained with (see its card) and pass the result as `report_embeds`."
+                "This model ships without a text model (`text_config` is None). Encode the text with the model that "
+                "it was trained with (see its card) and pass the result as `report_embeds`."
             )
         states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return pool_report_states(states, attention_mask, self.config.text_pooling)
@@ -239,8 +251,7 @@ class DreSlclModel(DreSlclPreTrainedModel):
 
     def get_state_features(self, state: ResidualState) -> DreSlclOutput:
         """A slide's running state -> slide embedding, with a batch of one."""
-        residuals = state.residuals(self.codebook).to(self.logit_scale.dtype)
-        return self.encode_residuals(residuals[None], state.counts[None])
+        return self.encode_residuals(state.residuals(self.codebook)[None], state.counts[None])
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -321,16 +332,17 @@ class DreSlclModel(DreSlclPreTrainedModel):
         if report_embeds is not None:
             outputs.report_projection = self.get_report_projection(report_embeds)
             scale = self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
-            outputs.logits_per_slide = scale * outputs.slide_projection @ outputs.report_projection.T
+            outputs.logits_per_slide = similarity_logits(outputs.slide_projection, outputs.report_projection, scale)
             outputs.loss = slide_level_contrastive_loss(
                 outputs.slide_projection, outputs.report_projection, scale, group_ids
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        fields = dict(outputs.items())
         if not output_hidden_states:
-            outputs.hidden_states = None
+            fields.pop("hidden_states")
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        outputs = DreSlclOutput(**{key: value for key, value in outputs.items() if value is not None})
+        outputs = DreSlclOutput(**fields)
         return outputs if return_dict else outputs.to_tuple()
 
     def _encode(

@@ -9,7 +9,7 @@ import torch
 from transformers import Pipeline
 
 from .slide_inference import encode_slide
-from .slide_reader import SlideError
+from .slide_info import SlideError
 
 TASK = "slide-feature-extraction"
 _SLIDE_OPTIONS = ("min_tissue_fraction", "tile_batch_size", "num_threads", "return_tile_features", "progress", "mpp")
@@ -51,7 +51,7 @@ class SlideFeatureExtractionPipeline(Pipeline):
 
     def preprocess(self, inputs: str | Path | dict[str, Any], **_: Any) -> dict[str, Any]:
         """Names the slide: a path, or a dictionary with `path`."""
-        slide = dict(inputs) if isinstance(inputs, dict) else {"path": str(inputs)}
+        slide = dict(inputs) if isinstance(inputs, dict) else {"path": inputs}
         if not isinstance(slide.get("path"), (str, Path)):
             raise ValueError(f"Expected a path to a slide, or a dictionary with `path`, got {inputs!r}.")
         return {key: slide[key] for key in ("path", "slide_id", "mpp") if slide.get(key) is not None}

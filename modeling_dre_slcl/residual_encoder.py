@@ -26,9 +26,10 @@ def assign_codewords(features: torch.Tensor, codebook: torch.Tensor) -> torch.Te
     Returns:
         `torch.Tensor` of shape `(...)`, int64: indices of codewords.
     """
-    codebook = codebook.to(features.dtype)
-    # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all codewords
-    return (features @ codebook.T - codebook.square().sum(dim=-1) / 2).argmax(dim=-1)
+    with torch.autocast(features.device.type, enabled=False):
+        features, codebook = _at_least_float32(features, codebook)
+        # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all codewords
+        return (features @ codebook.T - codebook.square().sum(dim=-1) / 2).argmax(dim=-1)
 
 
 def residual_sums(
@@ -42,16 +43,18 @@ def residual_sums(
         tile_mask (`torch.Tensor` of shape `(B, N)`, bool, *optional*): True for real tiles, False for padding.
 
     Returns:
-        `tuple`: residuals of shape `(B, K, D)` and counts of shape `(B, K)`, in the dtype of `features`.
+        `tuple`: residuals of shape `(B, K, D)` and counts of shape `(B, K)`, float32 (float64 for such features).
     """
-    codebook = codebook.to(features.dtype)
-    assignment = F.one_hot(assign_codewords(features.detach(), codebook), len(codebook)).to(features.dtype)
-    if tile_mask is not None:
-        assignment = assignment * tile_mask[..., None].to(features.dtype)
-    counts = assignment.sum(dim=1)
-    # (B, N, K), (B, N, D) -> (B, K, D)
-    sums = torch.einsum("bnk,bnd->bkd", assignment, features)
-    return sums - counts[..., None] * codebook, counts
+    # Sums of many tiles lose their tail in half precision, also that of an enclosing autocast.
+    with torch.autocast(features.device.type, enabled=False):
+        features, codebook = _at_least_float32(features, codebook)
+        assignment = F.one_hot(assign_codewords(features.detach(), codebook), len(codebook)).to(features.dtype)
+        if tile_mask is not None:
+            assignment = assignment * tile_mask[..., None].to(features.dtype)
+        counts = assignment.sum(dim=1)
+        # (B, N, K), (B, N, D) -> (B, K, D)
+        sums = torch.einsum("bnk,bnd->bkd", assignment, features)
+        return sums - counts[..., None] * codebook, counts
 
 
 @dataclass
@@ -104,10 +107,18 @@ def normalize_residuals(residuals: torch.Tensor) -> torch.Tensor:
         residuals (`torch.Tensor` of shape `(B, K, D)`, float): zero where a codeword has no tiles.
 
     Returns:
-        `torch.Tensor` of shape `(B, K, D)`: zero rows stay zero.
+        `torch.Tensor` of shape `(B, K, D)`, at least float32: zero rows stay zero, which needs an epsilon that
+        float16 does not have.
     """
+    (residuals,) = _at_least_float32(residuals)
     per_codeword = F.normalize(residuals, dim=-1)
     return F.normalize(per_codeword.flatten(1), dim=-1).view_as(residuals)
+
+
+def _at_least_float32(first: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Casts all to the dtype of the first, or to float32 if that is narrower."""
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return tuple(tensor.to(dtype) for tensor in (first, *others))
 
 
 class CodewordAttention(nn.Module):
@@ -181,7 +192,7 @@ class ResidualEncoderOutput:
 
     Args:
         slide_embedding (`torch.Tensor` of shape `(B, D)`): the slide embeddings.
-        hidden_states (`tuple` of `torch.Tensor` of shape `(B, K, D)`): the tokens before each layer and after the last.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(B, K, D)`): tokens before each layer and after the last.
         attentions (`tuple` of `torch.Tensor` of shape `(B, A, K, K)`, *optional*): each layer's attention weights.
     """
 

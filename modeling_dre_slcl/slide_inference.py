@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .image_processing_dre_slcl import DreSlclImageProcessor
 from .residual_encoder import ResidualState
-from .slide_reader import SlideReader
-from .slide_tiles import iter_tile_batches, tile_slide
-from .tile_grid import TileGridConfig
 
 
 @torch.inference_mode()
@@ -94,8 +92,13 @@ def encode_slide(
     Raises:
         SlideError: if the slide cannot be read, has no usable mpp, or no tissue.
     """
+    # Here, so that a model that never opens a slide needs neither OpenSlide nor OpenCV.
+    from .slide_reader import SlideReader
+    from .slide_tiles import iter_tile_batches, tile_slide
+    from .tile_grid import TileGridConfig
+
     if image_processor is None:
-        image_processor = AutoImageProcessor.from_pretrained(model.config._name_or_path, trust_remote_code=False)
+        image_processor = _image_processor_of(model)
     grid_config = TileGridConfig(
         tile_size_px=model.config.tile_size_px,
         tile_mpp=float(model.config.tile_mpp),
@@ -124,3 +127,15 @@ def encode_slide(
         result["tile_xy"] = torch.from_numpy(grid.tile_xy.astype(np.int32))
         result["tile_size_level0_px"] = grid.tile_size_level0_px
     return result
+
+
+def _image_processor_of(model: PreTrainedModel) -> DreSlclImageProcessor:
+    """Loads the image processor from where the model came from, at the same revision."""
+    source = model.config._name_or_path
+    if not source:
+        raise ValueError(
+            "This model was not loaded by `from_pretrained`, so that its image processor is not known; pass "
+            "`image_processor=DreSlclImageProcessor(...)`."
+        )
+    revision = getattr(model.config, "_commit_hash", None) or "main"
+    return DreSlclImageProcessor.from_pretrained(source, revision=revision)

@@ -18,14 +18,15 @@ def build_tile_encoder(encoder_config: PreTrainedConfig, tile_pooling: str) -> P
 
     Args:
         encoder_config (`PreTrainedConfig`): a transformers vision config, or a `TimmWrapperConfig`.
-        tile_pooling (`str`): as in `DreSlclConfig`. Unless it is `"pooler"`, a transformers encoder's own pooler is
-            removed: it would hold parameters that never receive a gradient, which stops distributed training.
+        tile_pooling (`str`): as in `DreSlclConfig`. Unless it is `"pooler"`, a transformers encoder's own pooler with
+            parameters is removed: they would never receive a gradient, which stops distributed training.
 
     Returns:
         `PreTrainedModel`: the encoder, in the dtype and on the device of the caller's context.
     """
     encoder = AutoModel.from_config(encoder_config)
-    if tile_pooling != "pooler" and getattr(encoder, "pooler", None) is not None:
+    pooler = getattr(encoder, "pooler", None)
+    if tile_pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = None
     return encoder
 

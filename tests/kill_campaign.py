@@ -48,7 +48,9 @@ def start(settings: dict) -> int:
 def digest(output_dir: Path) -> str:
     """Hash of everything that a finished run leaves: last checkpoint, metrics but for times, final model."""
     checkpoint = max((output_dir / "checkpoints").glob("step-*"))
-    summary = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.glob("*.safet*"))}
+    summary = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.glob("*.safet*"))
+    }
     summary["model"] = hashlib.sha256((output_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
     rows = read_metrics(output_dir / "metrics.jsonl")
     summary["metrics"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]

@@ -84,7 +84,9 @@ def test_tiles_are_drawn_uniformly():
 
 
 def test_a_different_key_gives_a_different_stream():
-    values = {tuple(generator(*key).integers(1 << 30, size=4)) for key in [(0, 1), (1, 0), ("01",), (0, "1", ""), (0,)]}
+    values = {
+        tuple(generator(*key).integers(1 << 30, size=4)) for key in [(0, 1), (1, 0), ("01",), (0, "1", ""), (0,)]
+    }
     assert len(values) == 5
 
 

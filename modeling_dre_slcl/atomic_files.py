@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
+_REPLACED_PREFIX = ".replaced-"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -83,22 +84,33 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def commit_folder(temporary: Path, target: Path) -> None:
-    """Syncs `temporary` and renames it to `target`; an existing `target` is moved aside first and deleted last."""
+    """Syncs `temporary` and renames it to `target`; an existing `target` is moved aside first and deleted last.
+
+    No rename replaces a folder that holds files, so there is a moment with no `target`. A process killed in it leaves
+    the old version under a name that `remove_temporary` knows, and puts back.
+    """
     sync_tree(temporary)
-    replaced = temporary_path(target) if target.exists() else None
-    if replaced is not None:
+    replaced = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         target.replace(replaced)
     temporary.replace(target)
     sync_path(target.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_temporary(folder: Path) -> int:
     """Removes what killed processes left directly in `folder`; returns how many entries were removed.
 
-    Only call it while no other process writes there.
+    A folder that was moved aside for its next version is put back if that version never came. Only call it while no
+    other process writes there.
     """
+    for replaced in folder.glob(f"{_REPLACED_PREFIX}*") if folder.is_dir() else []:
+        target = replaced.with_name(replaced.name.removeprefix(_REPLACED_PREFIX))
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.replace(target)
     leftovers = list(folder.glob(f"{TEMPORARY_PREFIX}*")) if folder.is_dir() else []
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():

@@ -250,7 +250,10 @@ class ResidualEncoder(nn.Module):
         token_mask = counts > 0
         # A slide without any tile attends to all of its zero tokens instead of to nothing, which would be NaN.
         token_mask = token_mask | ~token_mask.any(dim=1, keepdim=True)
-        tokens = normalize_residuals(residuals).to(self.norm.weight.dtype) + self.codeword_embedding
+        # Unit norm over K D numbers leaves each far smaller than a codeword's embedding, which would drown it: scaled
+        # to a root mean square of 1.
+        tokens = normalize_residuals(residuals) * (residuals.shape[1] * residuals.shape[2]) ** 0.5
+        tokens = tokens.to(self.norm.weight.dtype) + self.codeword_embedding
         hidden_states, attentions = [tokens], []
         for layer in self.layers:
             tokens, weights = layer(tokens, token_mask, need_weights)

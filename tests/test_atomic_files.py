@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -188,3 +189,29 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
         write_text(target, "new")
     assert target.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_killed_between_its_two_renames_comes_back(tmp_path):
+    from modeling_dre_slcl import atomic_files
+
+    target = tmp_path / "model"
+    with atomic_files.atomic_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    process = os.fork()
+    if process == 0:
+        with atomic_files.atomic_folder(target) as folder:
+            (folder / "weights").write_text("new")
+            real = Path.replace
+
+            def die_at_the_second_rename(self, other):
+                if Path(other) == target:
+                    os._exit(9)
+                return real(self, other)
+
+            Path.replace = die_at_the_second_rename
+    _, status = os.waitpid(process, 0)
+    assert os.WEXITSTATUS(status) == 9
+    assert not target.exists()
+    atomic_files.remove_temporary(tmp_path)
+    assert (target / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

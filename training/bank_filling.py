@@ -87,20 +87,31 @@ class BankFiller:
             model.memory_bank.write(where, torch.as_tensor(tiles)[None], features[None].float(), model.codebook, step)
         model.train(training)
 
+    def refit(self, model: DreSlclModel, step: int, tiles_per_slide: int | None, sample_size: int) -> None:
+        """Fills the bank again and fits the codebook again, to where each codeword's tiles are now. Collective.
+
+        K-means starts from the fresh means of the tiles that each codeword held, so codewords keep their meaning for
+        the head that was trained on them. Arguments as in `fill` and `fit`.
+        """
+        held = model.memory_bank.codeword.clone()
+        self.fill(model, step, tiles_per_slide)
+        self.fit(model, sample_size, held=held)
+
     @torch.no_grad()
-    def fit(self, model: DreSlclModel, sample_size: int, *, keep_order: bool) -> None:
+    def fit(self, model: DreSlclModel, sample_size: int, held: torch.Tensor | None = None) -> None:
         """Fits the codebook on a sample of the bank's features, the same on every process. Collective.
 
         Args:
             model (`DreSlclModel`): unwrapped, with a filled bank.
             sample_size (`int`): features to sample over all slides.
-            keep_order (`bool`): start from the means of what each codeword holds now, so that codewords keep their
-                meaning for the head that was trained on them.
+            held (`torch.Tensor` of shape `(tiles of the bank,)`, *optional*): codeword of each tile before; K-means
+                then starts from their means, and otherwise from k-means++.
         """
-        features, codewords = self._sample(model, max(1, sample_size // len(self.data.slides)))
+        codeword = model.memory_bank.codeword if held is None else held
+        features, codewords = self._sample(model, codeword, max(1, sample_size // len(self.data.slides)))
         centers = torch.zeros_like(model.codebook)
         if self.accelerator.is_main_process:
-            start = _codeword_means(features, codewords, model.codebook.cpu().numpy()) if keep_order else None
+            start = None if held is None else _codeword_means(features, codewords, model.codebook.cpu().numpy())
             fitted = fit_codebook(features, len(model.codebook), self.seed, start)
             centers = torch.from_numpy(fitted).to(model.codebook)
         model.codebook.copy_(self.accelerator.reduce(centers, "sum"))
@@ -119,8 +130,11 @@ class BankFiller:
             chunks.extend((slide, tiles[start : start + self.batch_size]) for start in pieces)
         return chunks
 
-    def _sample(self, model: DreSlclModel, per_slide: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to m stored features of every slide `(n, D)`, float32, in slide order, and their codewords `(n,)`."""
+    def _sample(self, model: DreSlclModel, codeword: torch.Tensor, per_slide: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to m stored features of every slide `(n, D)`, float32, in slide order, and their codewords `(n,)`.
+
+        Tiles of which `codeword` knows nothing (-1) are left out.
+        """
         bank, device = model.memory_bank, self.accelerator.device
         # Codeword 0 marks a missing feature, so stored codewords are shifted by one.
         table = torch.zeros(len(self.data.slides), per_slide, model.config.hidden_size + 1)
@@ -128,12 +142,12 @@ class BankFiller:
         starts = bank.slide_start.tolist()
         for place, slide in enumerate(self.data.owned):
             rows = torch.arange(starts[place], starts[place + 1])
-            rows = rows[(bank.written_step[rows.to(bank.written_step.device)] >= 0).cpu()]
+            rows = rows[(codeword[rows.to(codeword.device)] >= 0).cpu()]
             drawn = generator(self.seed, "codebook", self.source.slides[slide].slide_id).permutation(len(rows))
             rows = rows[torch.from_numpy(drawn[:per_slide])].to(bank.features.device)
             target = table[row_of[slide], : len(rows)]
             target[:, :-1] = bank.features[rows].float().cpu()
-            target[:, -1] = bank.codeword[rows].float().cpu() + 1
+            target[:, -1] = codeword[rows].float().cpu() + 1
         table = self.accelerator.reduce(table.to(device), "sum").cpu().flatten(0, 1)
         table = table[table[:, -1] > 0].numpy()
         return table[:, :-1], table[:, -1].astype(np.int64) - 1

@@ -60,7 +60,7 @@ class TrainConfig:
         "model", "where the bank lives: beside the model, or in host memory"
     )
     first_pass_tiles_per_slide: int | None = _setting(
-        None, "tiles of each slide that are encoded into the bank before training; default all"
+        None, "tiles of each slide that are encoded into the bank before training and at refits; default all"
     )
     codebook_sample: int = _setting(50_000, "tile features that K-means sees, over all slides")
     codebook_refits: list[int] = field(

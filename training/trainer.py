@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from modeling_dre_slcl.atomic_files import atomic_folder, read_json
+from modeling_dre_slcl.atomic_files import atomic_folder, read_json, remove_temporary
 from modeling_dre_slcl.contrastive_loss import slide_level_contrastive_loss
 from modeling_dre_slcl.residual_encoder import residual_sums
 
@@ -146,7 +146,7 @@ class Trainer:
         path = self.checkpoints.newest()
         if path is None:
             self.filler.fill(self.unwrapped, 0, self.config.first_pass_tiles_per_slide)
-            self.filler.fit(self.unwrapped, self.config.codebook_sample, keep_order=False)
+            self.filler.fit(self.unwrapped, self.config.codebook_sample)
             if self.is_main:
                 self.metrics.rewind(-1)
             self._save(0)
@@ -188,8 +188,8 @@ class Trainer:
             waited = time.monotonic() - started
             step = batch.plan.step
             if step in config.codebook_refits:
-                self.filler.fill(self.unwrapped, step, None)
-                self.filler.fit(self.unwrapped, config.codebook_sample, keep_order=True)
+                tiles_per_slide = config.first_pass_tiles_per_slide
+                self.filler.refit(self.unwrapped, step, tiles_per_slide, config.codebook_sample)
             row = self._step(batch)
             row |= {"seconds": time.monotonic() - started, "data_seconds": waited}
             started = time.monotonic()
@@ -214,7 +214,7 @@ class Trainer:
         self.accelerator.backward(outputs.loss)
         norm = self._descend()
         model.memory_bank.write(slides, sampled, outputs.tile_features, model.codebook, plan.step + 1)
-        return {"loss": float(outputs.loss), "learning_rate": learning_rate, "gradient_norm": norm}
+        return {"loss": outputs.loss.item(), "learning_rate": learning_rate, "gradient_norm": norm}
 
     def _stored(
         self, plan: StepPlan, slides: torch.Tensor, sampled: torch.Tensor
@@ -249,7 +249,7 @@ class Trainer:
             # The wrapper took no part in this forward pass, so it does not average gradients.
             for parameter in (parameter for parameter in model.parameters() if parameter.grad is not None):
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            row = {"loss": float(loss), "learning_rate": learning_rate, "gradient_norm": self._descend()}
+            row = {"loss": loss.item(), "learning_rate": learning_rate, "gradient_norm": self._descend()}
             row["seconds"], started = time.monotonic() - started, time.monotonic()
             if self._after_step(step + 1, row):
                 return
@@ -317,6 +317,7 @@ class Trainer:
         """Writes the final model to `<output_dir>/model`, as `from_pretrained` and `dre-slcl publish` take it."""
         if self.is_main:
             self.parts.model = self.unwrapped
+            remove_temporary(self.output_dir)
             with atomic_folder(self.output_dir / "model") as temporary:
                 self.parts.save_pretrained(str(temporary))
             logger.info("The trained model is in %s.", self.output_dir / "model")

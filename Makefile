@@ -23,10 +23,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --durations=10
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow --durations=10
+	$(BIN)/python -m pytest -m slow -n 2 --durations=10
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .

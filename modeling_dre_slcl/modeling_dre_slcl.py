@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_dre_slcl import DreSlclConfig
 from .contrastive_loss import similarity_logits, slide_level_contrastive_loss
-from .memory_bank import MemoryBank
+from .memory_bank import MemoryBank, codeword_drift
 from .report_encoder import pool_report_states
 from .residual_encoder import ResidualEncoder, ResidualState, residual_sums
 from .tile_encoder import build_tile_encoder, encode_tiles, tile_encoder_width
@@ -296,6 +296,8 @@ class DreSlclModel(DreSlclPreTrainedModel):
         tile_mask: torch.Tensor | None = None,
         stored_residuals: torch.Tensor | None = None,
         stored_counts: torch.Tensor | None = None,
+        stored_tile_features: torch.Tensor | None = None,
+        stored_tile_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         report_embeds: torch.Tensor | None = None,
@@ -312,6 +314,9 @@ class DreSlclModel(DreSlclPreTrainedModel):
             stored_residuals (`torch.Tensor` of shape `(B, K, D)`, *optional*): residual sums over other tiles of the
                 slides, from the memory bank; they carry no gradient.
             stored_counts (`torch.Tensor` of shape `(B, K)`, *optional*): the number of those tiles per codeword.
+            stored_tile_features (`torch.Tensor` of shape `(B, M, D)`, *optional*): what the bank holds of the given
+                tiles; how far they have moved since corrects `stored_residuals` (see `codeword_drift`).
+            stored_tile_mask (`torch.Tensor` of shape `(B, M)`, bool, *optional*): False where it holds nothing.
             input_ids (`torch.Tensor` of shape `(B, T)`, *optional*): the reports' token ids.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens.
             report_embeds (`torch.Tensor` of shape `(B, R)`, *optional*): the reports' encodings, instead of
@@ -324,9 +329,16 @@ class DreSlclModel(DreSlclPreTrainedModel):
         Returns:
             `DreSlclOutput`.
         """
-        outputs = self._encode(
-            pixel_values, tile_mask, stored_residuals, stored_counts, self._wants(output_attentions)
-        )
+        tile_features = self._encode_tiles(pixel_values)
+        residuals, counts = residual_sums(tile_features, self.codebook, tile_mask)
+        if stored_residuals is not None:
+            stored_counts, stored_residuals = stored_counts.to(counts), stored_residuals.to(residuals)
+            if stored_tile_features is not None:
+                drift = codeword_drift(tile_features.detach(), stored_tile_features, stored_tile_mask, self.codebook)
+                stored_residuals = stored_residuals + stored_counts[..., None] * drift
+            residuals, counts = residuals + stored_residuals, counts + stored_counts
+        outputs = self.encode_residuals(residuals, counts, self._wants(output_attentions))
+        outputs.tile_features = tile_features
         if input_ids is not None and report_embeds is None:
             report_embeds = self.encode_reports(input_ids, attention_mask)
         if report_embeds is not None:
@@ -345,29 +357,15 @@ class DreSlclModel(DreSlclPreTrainedModel):
         outputs = DreSlclOutput(**fields)
         return outputs if return_dict else outputs.to_tuple()
 
-    def _encode(
-        self,
-        pixel_values: torch.Tensor,
-        tile_mask: torch.Tensor | None,
-        stored_residuals: torch.Tensor | None,
-        stored_counts: torch.Tensor | None,
-        need_weights: bool,
-    ) -> DreSlclOutput:
-        """Fresh tiles plus stored residuals -> slide embedding."""
+    def _encode_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels `(B, M, C, H, W)` -> features `(B, M, D)`."""
         if pixel_values.ndim != 5:
             raise ValueError(
                 "`pixel_values` must have shape (slides, tiles, channels, height, width), got "
                 f"{tuple(pixel_values.shape)}; for tiles without slides use `get_tile_features`."
             )
         # (B, M, C, H, W) -> (B M, C, H, W) -> (B, M, D)
-        tile_features = self.get_tile_features(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
-        residuals, counts = residual_sums(tile_features, self.codebook, tile_mask)
-        if stored_residuals is not None:
-            residuals = residuals + stored_residuals.to(residuals)
-            counts = counts + stored_counts.to(counts)
-        outputs = self.encode_residuals(residuals, counts, need_weights)
-        outputs.tile_features = tile_features
-        return outputs
+        return self.get_tile_features(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
     def _wants(self, output_attentions: bool | None) -> bool:
         return bool(self.config.output_attentions if output_attentions is None else output_attentions)

@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+try:
+    import timm
+except ImportError:
+    timm = None
+
 
 def build_tile_encoder(encoder_config: PreTrainedConfig, tile_pooling: str) -> PreTrainedModel:
     """Builds the tile encoder without loading weights.
@@ -25,6 +30,12 @@ def build_tile_encoder(encoder_config: PreTrainedConfig, tile_pooling: str) -> P
         `PreTrainedModel`: the encoder, in the dtype and on the device of the caller's context.
     """
     encoder = AutoModel.from_config(encoder_config)
+    if hasattr(encoder, "timm_model") and not next(encoder.parameters()).is_meta:
+        # transformers draws every layer's weights from the same narrow normal distribution, from which convolutions
+        # hardly learn; timm knows what suits each architecture.
+        model_args = encoder_config.model_args or {}
+        own = timm.create_model(encoder_config.architecture, pretrained=False, num_classes=0, **model_args)
+        encoder.timm_model.load_state_dict(own.state_dict())
     pooler = getattr(encoder, "pooler", None)
     if tile_pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = None

@@ -55,8 +55,9 @@ def test_a_run_learns_to_match_slides_and_reports(data, tmp_path):
     assert sum(last) < 0.6 * sum(first)
 
 
-def test_paper_mode_and_bf16_storage_train(data, tmp_path):
-    run = settings(data, tmp_path, bank_mode="paper", retrieved_per_slide=3, bank_dtype="bfloat16", num_workers=1)
+@pytest.mark.parametrize("bank_mode", ["paper", "full", "corrected"])
+def test_every_bank_mode_trains(data, tmp_path, bank_mode):
+    run = settings(data, tmp_path, bank_mode=bank_mode, retrieved_per_slide=3, bank_dtype="bfloat16")
     assert train(TrainConfig(**run)) == 0
     assert all(torch.isfinite(value).all() for value in weights(run["output_dir"]).values())
 
@@ -146,7 +147,7 @@ def write_config(tmp_path, run):
 def test_two_processes_have_the_losses_of_one(data, tmp_path):
     model_config = {"num_codewords": 4, "num_attention_heads": 2}
     for name, num_processes in (("one", 1), ("two", 2)):
-        run = settings(data, tmp_path / name, model_config=model_config)
+        run = settings(data, tmp_path / name, model_config=model_config, bank_mode="corrected")
         process = launch(write_config(tmp_path / name, run), num_processes)
         output = process.communicate(timeout=200)[0]
         assert process.returncode == 0, output[-3000:]

@@ -52,8 +52,10 @@ class TrainConfig:
     slides_per_batch: int = _setting(8, "slides in a step, over all processes (B)")
     tiles_per_slide: int = _setting(16, "tiles of a slide that a step encodes with gradient (s)")
     retrieved_per_slide: int = _setting(64, "tiles of a slide that a step retrieves from the bank in mode 'paper' (r)")
-    bank_mode: Literal["paper", "full"] = _setting(
-        "full", "'paper': s sampled and r retrieved tiles; 'full': all tiles of the slide, by running sums"
+    bank_mode: Literal["paper", "full", "corrected"] = _setting(
+        "full",
+        "'paper': s sampled and r retrieved tiles; 'full': all tiles of the slide, by running sums; 'corrected': "
+        "full, with stored features moved along by the drift that the sampled tiles show",
     )
     bank_dtype: Literal["float16", "bfloat16", "float32"] = _setting("float16", "type of stored features")
     bank_device: Literal["model", "cpu"] = _setting(

@@ -30,6 +30,7 @@ from modeling_dre_slcl.slide_reader import SlideError, slide_fingerprint
 
 from .folder_lock import folder_lock
 from .manifest import ManifestRow, read_manifest
+from .manifest_checks import check_ids
 
 logger = logging.getLogger(__name__)
 _VECTORS = ("slide_embedding", "slide_projection")
@@ -101,7 +102,11 @@ def embed_slides(arguments: argparse.Namespace) -> int:
 def _list_slides(slides: Path, slides_root: Path | None) -> list[ManifestRow]:
     """A single slide, or the rows of a manifest or folder."""
     if slides.is_file() and slides.suffix.lower() not in (".csv", ".tsv", ".parquet"):
-        return [row for row in read_manifest(slides.parent) if row.path == slides]
+        path = slides.absolute()
+        # A DICOM slide is a folder of files, which has the slide's name.
+        slide_id = path.parent.name if path.suffix.lower() == ".dcm" else path.stem
+        check_ids([slide_id], [path])
+        return [ManifestRow(slide_id, path, path.name, case_id=slide_id)]
     rows = read_manifest(slides, slides_root=slides_root)
     if not rows:
         raise ValueError(f"{slides} lists no slides.")
@@ -112,6 +117,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
     """Remembers what the embeddings of a folder are made with, and refuses to mix in others."""
     names = ("model", "mpp", "min_tissue_fraction", "tile_features")
     options = {name: getattr(arguments, name) for name in names}
+    # A model that was trained again is another one, although its folder has the same name.
+    options["weights"] = {
+        path.name: slide_fingerprint(path) for path in sorted(Path(arguments.model).glob("*.safetensors"))
+    }
     path = arguments.out / "embed.json"
     if path.exists() and (before := read_json(path)) != options:
         raise ValueError(f"{arguments.out} holds embeddings made with {before}, not {options}; choose another folder.")
@@ -130,9 +139,12 @@ class _Embedder:
         path = self.arguments.out / "embeddings" / f"{slide.slide_id}.safetensors"
         row = {"slide_id": slide.slide_id, "case_id": slide.case_id, "status": "ok", "reason": "", "num_tiles": 0}
         try:
-            fingerprint = slide_fingerprint(slide.path)
-            if not _is_embedding_of(path, fingerprint):
-                self._write(slide, path, fingerprint)
+            made_from = {
+                "fingerprint": slide_fingerprint(slide.path),
+                "given_mpp": str(slide.mpp or self.arguments.mpp),
+            }
+            if not _is_made_from(path, made_from):
+                self._write(slide, path, made_from)
         except SlideError as error:
             logger.warning("Slide %s is refused (%s): %s", slide.slide_id, error.reason, error)
             return row | {"status": "refused", "reason": error.reason, "message": str(error)}
@@ -141,7 +153,7 @@ class _Embedder:
             facts = stored.metadata()
         return row | vectors | {"num_tiles": int(facts["num_tiles"]), "mpp": float(facts["mpp"])}
 
-    def _write(self, slide: ManifestRow, path: Path, fingerprint: str) -> None:
+    def _write(self, slide: ManifestRow, path: Path, made_from: dict[str, str]) -> None:
         options = self.arguments
         result = self._load()(
             {"path": str(slide.path), "slide_id": slide.slide_id, "mpp": slide.mpp or options.mpp},
@@ -151,7 +163,7 @@ class _Embedder:
             min_tissue_fraction=options.min_tissue_fraction,
             return_tile_features=options.tile_features,
         )
-        facts = {key: str(result[key]) for key in ("slide_id", "num_tiles", "mpp")} | {"fingerprint": fingerprint}
+        facts = {key: str(result[key]) for key in ("slide_id", "num_tiles", "mpp")} | made_from
         tensors = {name: result[name].contiguous() for name in _TENSORS if name in result}
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata=facts)
@@ -171,12 +183,12 @@ class _Embedder:
         return self._pipeline
 
 
-def _is_embedding_of(path: Path, fingerprint: str) -> bool:
-    """Whether a slide was embedded before and has not changed since."""
+def _is_made_from(path: Path, made_from: dict[str, str]) -> bool:
+    """Whether a slide was embedded before, and neither its file nor the mpp given for it has changed since."""
     if not path.is_file():
         return False
     with safe_open(path, framework="np") as stored:
-        return stored.metadata().get("fingerprint") == fingerprint
+        return made_from.items() <= stored.metadata().items()
 
 
 def _write_tables(out: Path, rows: list[dict[str, Any]]) -> None:

@@ -202,12 +202,11 @@ class Trainer:
         plan, model = batch.plan, self.unwrapped
         learning_rate = self._start_step(plan.step)
         slides, sampled = self.data.bank_places(plan.slides), torch.from_numpy(plan.sampled)
-        stored_residuals, stored_counts = self._stored(plan, slides, sampled)
+        stored = self._stored(plan, slides, sampled)
         outputs = self.model(
             pixel_values=self.parts.image_processor.tiles_to_pixel_values(batch.tiles, self.device),
             tile_mask=(sampled != PADDING).to(self.device),
-            stored_residuals=stored_residuals.to(self.device),
-            stored_counts=stored_counts.to(self.device),
+            **{name: tensor.to(self.device) for name, tensor in stored.items()},
             **self.data.texts(plan, self.device),
         )
         self._check_finite(outputs.loss, plan)
@@ -216,15 +215,18 @@ class Trainer:
         model.memory_bank.write(slides, sampled, outputs.tile_features, model.codebook, plan.step + 1)
         return {"loss": outputs.loss.item(), "learning_rate": learning_rate, "gradient_norm": norm}
 
-    def _stored(
-        self, plan: StepPlan, slides: torch.Tensor, sampled: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the bank adds to the sampled tiles: residuals `(b, K, D)` and counts `(b, K)`, by `bank_mode`."""
+    def _stored(self, plan: StepPlan, slides: torch.Tensor, sampled: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the bank adds to the sampled tiles, by `bank_mode`: arguments of the model's `forward`."""
         bank, codebook = self.unwrapped.memory_bank, self.unwrapped.codebook
-        if self.config.bank_mode == "full":
-            return bank.residuals_of_others(slides, sampled, codebook)
-        features, stored = bank.read(slides, torch.from_numpy(plan.retrieved))
-        return residual_sums(features, codebook.to(features.device), stored)
+        if self.config.bank_mode == "paper":
+            features, is_stored = bank.read(slides, torch.from_numpy(plan.retrieved))
+            residuals, counts = residual_sums(features, codebook.to(features.device), is_stored)
+        else:
+            residuals, counts = bank.residuals_of_others(slides, sampled, codebook)
+        stored = {"stored_residuals": residuals, "stored_counts": counts}
+        if self.config.bank_mode == "corrected":
+            stored["stored_tile_features"], stored["stored_tile_mask"] = bank.read(slides, sampled)
+        return stored
 
     def _finalize(self, first: int) -> None:
         """Steps on the head alone, over all tiles of each slide as the final tile encoder sees them."""
@@ -288,7 +290,7 @@ class Trainer:
         values = torch.tensor(list(health.values()), dtype=torch.float64, device=self.device)
         health = dict(zip(health, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         if self.is_main:
-            scale = float(self.unwrapped.logit_scale.exp())
+            scale = self.unwrapped.logit_scale.exp().item()
             row = {"step": completed, **row, "logit_scale": scale} | {f"bank_{k}": v for k, v in health.items()}
             self.metrics.append(row)
 

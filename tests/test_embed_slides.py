@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dre-slcl embed`: vectors, tables, refusals, going on after an interruption, and no mixing of options."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from dre_slcl.training import embed_slides
+from dre_slcl_cli import main
+from modeling_dre_slcl import SlideFeatureExtractionPipeline
+
+from .tiny_models import tiny_image_processor, tiny_model
+from .tiny_slide import write_tiny_slide
+
+VECTORS = ("slide_embedding", "slide_projection")
+KILLED_HALF_WAY = """
+import os, signal, sys
+from dre_slcl.training import embed_slides
+from dre_slcl_cli import main
+
+save_file, calls = embed_slides.save_file, []
+
+def killed_in_the_second_file(tensors, path, **options):
+    save_file(tensors, path, **options)
+    calls.append(path)
+    if len(calls) == 2:
+        path.write_bytes(path.read_bytes()[:500])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+embed_slides.save_file = killed_in_the_second_file
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_image_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Two slides that differ, and one that is no slide."""
+    folder = tmp_path_factory.mktemp("slides")
+    write_tiny_slide(folder / "one.tif")
+    write_tiny_slide(folder / "two.tif")
+    with (folder / "two.tif").open("ab") as file:
+        file.write(b"\0")  # another file with the same pixels
+    (folder / "broken.tif").write_bytes(b"II*\0 this is no slide")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model, slides):
+    pipe = pipeline(
+        "slide-feature-extraction",
+        model=str(model),
+        pipeline_class=SlideFeatureExtractionPipeline,
+        trust_remote_code=False,
+        device="cpu",
+    )
+    return pipe(slides / "one.tif", return_tile_features=True)
+
+
+def embed(model, slides, out, *options):
+    return main(["embed", "--model", str(model), "--slides", str(slides), "--out", str(out), *options])
+
+
+def table(out):
+    return {row["slide_id"]: row for row in pq.read_table(out / "slides.parquet").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def embedded(model, slides, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return embed(model, slides, out, "--tile-features"), out
+
+
+def test_refused_slides_make_the_run_partial(embedded, slides):
+    status, out = embedded
+    assert status == 3
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("embed.json", "embeddings", "refused.jsonl", "slides.parquet")
+    ]
+    [refused] = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
+    row = table(out)["broken"]
+    assert (row["status"], row["num_tiles"], row["slide_embedding"]) == ("refused", 0, None)
+    assert refused["slide_id"] == "broken"
+    assert refused["reason"] == row["reason"]
+    assert str(slides / "broken.tif") in refused["message"]
+
+
+def test_vectors_are_those_of_the_pipeline(embedded, expected):
+    _, out = embedded
+    assert sorted(path.name for path in (out / "embeddings").iterdir()) == ["one.safetensors", "two.safetensors"]
+    for slide_id in ("one", "two"):
+        stored, row = load_file(out / "embeddings" / f"{slide_id}.safetensors"), table(out)[slide_id]
+        names = {*VECTORS, "residuals", "codeword_counts", "tile_features", "tile_xy"}
+        assert set(stored) == names
+        for name in names:
+            torch.testing.assert_close(stored[name], expected[name], rtol=0, atol=1e-6)
+        for name in VECTORS:
+            torch.testing.assert_close(torch.tensor(row[name]), expected[name], rtol=0, atol=1e-6)
+        assert (row["status"], row["num_tiles"], row["mpp"]) == ("ok", expected["num_tiles"], 0.5)
+
+
+def test_a_second_run_loads_no_model_and_changes_nothing(embedded, model, slides, tmp_path, monkeypatch):
+    _, out = embedded
+    for name in ("one.tif", "two.tif"):  # a broken one is tried again, for it may have been mended
+        shutil.copyfile(slides / name, tmp_path / name)
+    before = {path: path.stat().st_mtime_ns for path in (out / "embeddings").iterdir()}
+    rows = table(out)
+    monkeypatch.setattr(embed_slides._Embedder, "_load", lambda self: pytest.fail("a model was loaded"))
+    assert embed(model, tmp_path, out, "--tile-features") == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "embeddings").iterdir()} == before
+    assert table(out) == {slide_id: row for slide_id, row in rows.items() if slide_id != "broken"}
+
+
+def test_other_options_or_other_weights_need_another_folder(embedded, model, slides, tmp_path, caplog):
+    _, out = embedded
+    assert embed(model, slides, out) == 1
+    assert embed(model, slides, out, "--tile-features", "--mpp", "0.4") == 1
+    assert caplog.text.count("choose another folder") == 2
+    again = tmp_path / "model"
+    shutil.copytree(model, again)
+    single = slides / "one.tif"
+    assert embed(again, single, tmp_path / "out") == 0
+    tiny_model(seed=1).save_pretrained(again)  # trained again, in the same place
+    assert embed(again, single, tmp_path / "out") == 1
+    assert caplog.text.count("choose another folder") == 3
+
+
+def test_a_single_slide_by_a_relative_path(model, slides, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(slides)
+    assert embed(model, "one.tif", tmp_path / "out") == 0
+    assert list(table(tmp_path / "out")) == ["one"]
+    stored = load_file(tmp_path / "out" / "embeddings" / "one.safetensors")
+    assert "tile_features" not in stored
+    torch.testing.assert_close(stored["slide_embedding"], expected["slide_embedding"], rtol=0, atol=1e-6)
+
+
+def test_only_what_has_changed_is_embedded_again(model, slides, tmp_path):
+    folder, out = tmp_path / "slides", tmp_path / "out"
+    shutil.copytree(slides, folder)
+    manifest = folder / "manifest.csv"
+
+    def run(mpp_of_two):
+        rows = {"slide_id": ["a", "b"], "path": ["one.tif", "two.tif"], "case_id": ["p", "p"]}
+        pd.DataFrame(rows | {"mpp": [None, mpp_of_two]}).to_csv(manifest, index=False)
+        assert embed(model, manifest, out) == 0
+        return {path.stem: path.stat().st_mtime_ns for path in (out / "embeddings").iterdir()}
+
+    first = run(None)
+    assert run(None) == first
+    second = run(0.4)  # a corrected resolution
+    assert second["a"] == first["a"]
+    assert second["b"] > first["b"]
+    assert table(out)["b"]["mpp"] == 0.4
+    assert table(out)["b"]["case_id"] == "p"
+    with (folder / "one.tif").open("ab") as file:
+        file.write(b"\0\0")
+    third = run(0.4)
+    assert third["a"] > second["a"]
+    assert third["b"] == second["b"]
+
+
+def test_nothing_but_refused_slides_is_a_failure(model, slides, tmp_path):
+    assert embed(model, slides / "broken.tif", tmp_path / "out") == 1
+    assert table(tmp_path / "out")["broken"]["status"] == "refused"
+
+
+def test_killed_half_way_leaves_no_torn_file_and_goes_on(model, slides, expected, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["embed", "--model", str(model), "--slides", str(slides), "--out", str(out)]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", KILLED_HALF_WAY, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    complete = [path for path in (out / "embeddings").iterdir() if not path.name.startswith(".")]
+    assert [path.name for path in complete] == ["one.safetensors"]
+    with safe_open(complete[0], framework="pt") as stored:
+        assert stored.metadata()["slide_id"] == "one"
+    assert len(list((out / "embeddings").iterdir())) == 2  # the torn one under its temporary name
+    before = complete[0].stat().st_mtime_ns
+    assert main(arguments) == 3
+    assert sorted(path.name for path in (out / "embeddings").iterdir()) == ["one.safetensors", "two.safetensors"]
+    assert complete[0].stat().st_mtime_ns == before
+    stored = load_file(out / "embeddings" / "two.safetensors")
+    torch.testing.assert_close(stored["residuals"], expected["residuals"], rtol=0, atol=1e-6)

@@ -231,8 +231,10 @@ class Trainer:
     def _finalize(self, first: int) -> None:
         """Steps on the head alone, over all tiles of each slide as the final tile encoder sees them."""
         config, model = self.config, self.unwrapped
-        if first == config.num_steps:
-            self.filler.fill(model, config.num_steps, None)
+        if first == config.num_steps and first in config.codebook_refits:
+            self.filler.refit(model, first, None, config.codebook_sample)
+        elif first == config.num_steps:
+            self.filler.fill(model, first, None)
         model.train()
         started = time.monotonic()
         for step in tqdm(range(first, self._last_step), desc="finalizing", unit="step", disable=not self.is_main):

@@ -27,8 +27,8 @@ TILE_SIZE_PX = 64
 TILE_MPP = 2.0
 _LABEL = "subtype"
 _PLACES = {"dataset": "dataset", "text_model": "text_model", "output_dir": "run"}
-_COHORT = {"num_cases_per_subtype": 24, "slides_per_case": 2, "val_fraction": 0.0, "test_fraction": 0.25}
-_SLIDE_SIDE_RANGE_PX = (1100, 1400)
+_COHORT = {"num_cases_per_subtype": 36, "slides_per_case": 2, "val_fraction": 0.0, "test_fraction": 0.25}
+_SLIDE_SIDE_RANGE_PX = (1000, 1120)
 # A small ResNet with group norm: it learns from scratch in few steps, and no statistics of a batch reach the bank.
 _TILE_ENCODER = {
     "model_type": "timm_wrapper",
@@ -40,16 +40,16 @@ _TRAINING = {
     "model_config": {"num_codewords": 4, "text_projection": "linear", "projection_size": 64},
     "slides_per_batch": 8,
     "tiles_per_slide": 16,
-    "bank_mode": "paper",
-    "retrieved_per_slide": 16,
-    "first_pass_tiles_per_slide": 24,
+    "bank_mode": "full",
+    "first_pass_tiles_per_slide": 32,
     # An encoder from scratch moves away from its first codebook within a few steps.
-    "codebook_refits": [10, 25, 50, 75, 100, 125, 150, 175, 200],
-    "num_steps": 220,
+    "codebook_refits": [10, *range(30, 320, 30), 320],
+    "num_steps": 320,
+    "finalize_steps": 40,
     "warmup_steps": 20,
     "learning_rate": 1e-3,
     "head_learning_rate": 1e-3,
-    "checkpoint_steps": 110,
+    "checkpoint_steps": 160,
     "num_workers": 1,
 }
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attribute_tiles(
     model: PreTrainedModel, tile_features: torch.Tensor, direction: torch.Tensor, *, chunk_size: int = 256
 ) -> torch.Tensor:

@@ -5,7 +5,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Pipeline
 
 from .slide_inference import encode_slide
@@ -70,10 +69,6 @@ class SlideFeatureExtractionPipeline(Pipeline):
                 "message": str(error),
             }
         return {"status": "ok", **result}
-
-    def get_inference_context(self) -> Any:
-        """Encoding needs no gradient."""
-        return torch.inference_mode
 
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Passes the result on."""

@@ -16,7 +16,7 @@ from .image_processing_dre_slcl import DreSlclImageProcessor
 from .residual_encoder import ResidualState
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_tile_batches(
     model: PreTrainedModel, image_processor: Any, batches: Iterable[np.ndarray], *, keep_features: bool = False
 ) -> tuple[ResidualState, torch.Tensor | None]:
@@ -40,7 +40,7 @@ def encode_tile_batches(
     return state, torch.cat(kept) if kept else None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def describe_state(model: PreTrainedModel, state: ResidualState) -> dict[str, torch.Tensor]:
     """A slide's running state -> its named vectors, on CPU.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 PLACEHOLDER = "CLASSNAME"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def zero_shot_classifier(
     model: PreTrainedModel, tokenizer: Any, class_names: Sequence[Sequence[str]], templates: Sequence[str]
 ) -> torch.Tensor:

@@ -109,3 +109,10 @@ def test_a_model_in_training_mode_is_evaluated_and_left_in_training(slides, expe
     found = model.encode_slide(slides["good"], image_processor=tiny_image_processor())
     assert model.training
     torch.testing.assert_close(found["slide_embedding"], expected["slide_embedding"], rtol=0, atol=1e-5)
+
+
+def test_what_it_returns_can_enter_a_computation_with_gradients(pipe, slides):
+    vector = pipe(slides["good"])["slide_projection"]
+    weight = torch.ones(len(vector), requires_grad=True)
+    (vector @ weight).backward()
+    torch.testing.assert_close(weight.grad, vector)

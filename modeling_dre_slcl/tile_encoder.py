@@ -12,11 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-try:
-    import timm
-except ImportError:
-    timm = None
-
 
 def build_tile_encoder(encoder_config: PreTrainedConfig, tile_pooling: str) -> PreTrainedModel:
     """Builds the tile encoder without loading weights.
@@ -31,15 +26,26 @@ def build_tile_encoder(encoder_config: PreTrainedConfig, tile_pooling: str) -> P
     """
     encoder = AutoModel.from_config(encoder_config)
     if hasattr(encoder, "timm_model") and not next(encoder.parameters()).is_meta:
-        # transformers draws every layer's weights from the same narrow normal distribution, from which convolutions
-        # hardly learn; timm knows what suits each architecture.
-        model_args = encoder_config.model_args or {}
-        own = timm.create_model(encoder_config.architecture, pretrained=False, num_classes=0, **model_args)
-        encoder.timm_model.load_state_dict(own.state_dict())
+        _initialise_as_timm(encoder)
     pooler = getattr(encoder, "pooler", None)
     if tile_pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
         encoder.pooler = None
     return encoder
+
+
+def _initialise_as_timm(encoder: PreTrainedModel) -> None:
+    """Gives a wrapped timm model the initial weights that timm would.
+
+    transformers draws every layer's weights from the same narrow normal distribution, from which convolutions hardly
+    learn; timm knows what suits each architecture.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("This tile encoder is a timm model: install timm (`pip install timm`).") from error
+    config = encoder.config
+    own = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
+    encoder.timm_model.load_state_dict(own.state_dict())
 
 
 def tile_encoder_width(encoder: PreTrainedModel) -> int:

@@ -4,8 +4,17 @@
 import pytest
 import timm
 import torch
-from transformers import AutoModel, ConvNextConfig, Dinov2Config, PreTrainedConfig, ResNetConfig, SwinConfig
+from transformers import (
+    AutoModel,
+    ConvNextConfig,
+    Dinov2Config,
+    PreTrainedConfig,
+    ResNetConfig,
+    SwinConfig,
+    TimmWrapperConfig,
+)
 
+from modeling_dre_slcl import DreSlclConfig, DreSlclModel
 from modeling_dre_slcl.tile_encoder import build_tile_encoder, encode_tiles, pool_tile_states, tile_encoder_width
 
 from .tiny_models import IMAGE_SIZE, tiny_timm_config, tiny_vit_config
@@ -93,3 +102,15 @@ def test_refuses_an_encoder_of_unknown_width():
     encoder.config = PreTrainedConfig()
     with pytest.raises(ValueError, match="width of tile encoder '' could not be read"):
         tile_encoder_width(encoder)
+
+
+def test_a_timm_encoder_from_scratch_starts_from_timms_own_weights():
+    """transformers would draw every layer from one narrow normal distribution."""
+    model_args = {"layers": [1, 1, 1, 1], "channels": [32, 32, 32, 32], "norm_layer": "groupnorm"}
+    wrapped = TimmWrapperConfig(architecture="resnet18", model_args=model_args)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "tile_pooling": "pooler"}
+    found = DreSlclModel(DreSlclConfig(encoder_config=wrapped, **sizes)).tile_encoder.timm_model
+    own = timm.create_model("resnet18", num_classes=0, **model_args)
+    for (name, value), reference in zip(found.named_parameters(), own.parameters(), strict=True):
+        if value.ndim > 1:
+            assert value.std().item() == pytest.approx(reference.std().item(), rel=0.2), name

@@ -43,13 +43,13 @@ _TRAINING = {
     "bank_mode": "full",
     "first_pass_tiles_per_slide": 32,
     # An encoder from scratch moves away from its first codebook within a few steps.
-    "codebook_refits": [10, *range(30, 320, 30), 320],
-    "num_steps": 320,
+    "codebook_refits": [10, *range(30, 360, 30)],
+    "num_steps": 360,
     "finalize_steps": 40,
     "warmup_steps": 20,
     "learning_rate": 1e-3,
     "head_learning_rate": 1e-3,
-    "checkpoint_steps": 160,
+    "checkpoint_steps": 180,
     "num_workers": 1,
 }
 

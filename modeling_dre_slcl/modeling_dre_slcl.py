@@ -230,6 +230,23 @@ class DreSlclModel(DreSlclPreTrainedModel):
             attentions=encoded.attentions,
         )
 
+    def contrast(
+        self, outputs: DreSlclOutput, report_embeds: torch.Tensor, group_ids: torch.Tensor | None = None
+    ) -> DreSlclOutput:
+        """Compares encoded slides with their reports: adds `report_projection`, `logits_per_slide` and `loss`.
+
+        Args:
+            outputs (`DreSlclOutput`): with `slide_projection` of shape `(B, E)`.
+            report_embeds (`torch.Tensor` of shape `(B, R)`, float): the reports' encodings.
+            group_ids (`torch.Tensor` of shape `(B,)`, *optional*): as in `slide_level_contrastive_loss`.
+        """
+        outputs.report_projection = self.get_report_projection(report_embeds)
+        pair = (outputs.slide_projection, outputs.report_projection)
+        scale = self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
+        outputs.logits_per_slide = similarity_logits(*pair, scale)
+        outputs.loss = slide_level_contrastive_loss(*pair, scale, group_ids)
+        return outputs
+
     def get_slide_features(self, tile_features: torch.Tensor, tile_mask: torch.Tensor | None = None) -> DreSlclOutput:
         """Features of a slide's tiles -> slide embedding.
 
@@ -342,12 +359,7 @@ class DreSlclModel(DreSlclPreTrainedModel):
         if input_ids is not None and report_embeds is None:
             report_embeds = self.encode_reports(input_ids, attention_mask)
         if report_embeds is not None:
-            outputs.report_projection = self.get_report_projection(report_embeds)
-            scale = self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
-            outputs.logits_per_slide = similarity_logits(outputs.slide_projection, outputs.report_projection, scale)
-            outputs.loss = slide_level_contrastive_loss(
-                outputs.slide_projection, outputs.report_projection, scale, group_ids
-            )
+            outputs = self.contrast(outputs, report_embeds, group_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         fields = dict(outputs.items())

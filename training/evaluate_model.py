@@ -79,10 +79,10 @@ def evaluate_model(
         )
     _check_held_out(source_test, source_train)
     image_processor, tokenizer = _unpack(processor)
-    if report_embeds_fn is None and model.text_encoder is not None and tokenizer is not None:
+    has_text = model.text_encoder is not None and tokenizer is not None
+    if report_embeds_fn is None and has_text:
         report_embeds_fn = _own_text_model(model, tokenizer)
     classes, names = _classes(label_column, class_names, source_test, source_train)
-    has_text = model.text_encoder is not None and tokenizer is not None
     if label_column is not None and not has_text:
         logger.warning("The model has no text model inside, so zero-shot classification is left out.")
     setup = EvaluationSetup(

@@ -17,7 +17,6 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from modeling_dre_slcl.atomic_files import atomic_folder, read_json, remove_temporary
-from modeling_dre_slcl.contrastive_loss import slide_level_contrastive_loss
 from modeling_dre_slcl.residual_encoder import residual_sums
 
 from .bank_filling import BankFiller
@@ -71,6 +70,8 @@ class Trainer:
             is_main=self.is_main,
             barrier=self.accelerator.wait_for_everyone,
         )
+        # What this process was sent, and what all processes agreed to stop for.
+        self.received_signal: int | None = None
         self.stop_signal: int | None = None
         with self.accelerator.main_process_first():
             self.data = RunData(config, self.accelerator.process_index, self.accelerator.num_processes)
@@ -104,7 +105,7 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Asks the loop to save and stop; the second signal of a kind acts at once."""
-        self.stop_signal = number
+        self.received_signal = number
         signal.signal(number, signal.SIG_DFL)
         logger.warning("Signal %d: saving a checkpoint after this step, then stopping.", number)
 
@@ -244,10 +245,7 @@ class Trainer:
             nothing = torch.full((len(slides), 1), PADDING)
             residuals, counts = model.memory_bank.residuals_of_others(slides, nothing, model.codebook)
             outputs = model.encode_residuals(residuals.to(self.device), counts.to(self.device))
-            texts = self.data.texts(plan, self.device)
-            scale = model.logit_scale.exp().clamp(max=model.config.max_logit_scale)
-            reports = model.get_report_projection(texts["report_embeds"])
-            loss = slide_level_contrastive_loss(outputs.slide_projection, reports, scale, texts["group_ids"])
+            loss = model.contrast(outputs, **self.data.texts(plan, self.device)).loss
             self._check_finite(loss, plan)
             loss.backward()
             # The wrapper took no part in this forward pass, so it does not average gradients.
@@ -277,7 +275,7 @@ class Trainer:
 
     def _after_step(self, completed: int, row: dict[str, float]) -> bool:
         """Logs and saves when it is time; returns whether to stop. Collective."""
-        stop = torch.tensor(float(self.stop_signal or 0), device=self.device)
+        stop = torch.tensor(float(self.received_signal or 0), device=self.device)
         # A signal may reach one process only; all must stop after the same step.
         stop = int(self.accelerator.gather(stop).max())
         if completed % self.config.log_steps == 0 or completed == self._last_step:

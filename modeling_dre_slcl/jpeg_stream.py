@@ -12,8 +12,10 @@ _OTHER_FRAMES = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE,
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 
 
-def complete_jpeg(stream: bytes, tables: bytes, *, is_rgb: bool, width_px: int, height_px: int) -> bytes | None:
-    """Completes the JPEG stream of a TIFF tile.
+def complete_header(
+    stream: bytes, tables: bytes, *, is_rgb: bool, width_px: int, height_px: int
+) -> tuple[int, bytes] | None:
+    """Makes the header that turns the JPEG stream of a TIFF tile into a JPEG file.
 
     Args:
         stream (`bytes`): the compressed tile.
@@ -22,8 +24,9 @@ def complete_jpeg(stream: bytes, tables: bytes, *, is_rgb: bool, width_px: int, 
         width_px (`int`), height_px (`int`): size that the tile must have.
 
     Returns:
-        `bytes`, *optional*: a JPEG file with the same coded pixels, marked so that every decoder takes the right
-            colours; `None` if the stream is not one of 8 bits and three components of that size.
+        `tuple[int, bytes]`, *optional*: the number of bytes that the header takes at the start of the stream, and
+            what to put in their place, so that every decoder takes the right tables and colours; `None` if the
+            stream is not one of 8 bits and three components of that size.
     """
     header = _read_header(stream, width_px, height_px)
     if header is None or (tables and (tables[:2] != b"\xff\xd8" or tables[-2:] != b"\xff\xd9")):
@@ -31,9 +34,9 @@ def complete_jpeg(stream: bytes, tables: bytes, *, is_rgb: bool, width_px: int, 
     segments, has_jfif, scan_start = header
     # Decoders believe a JFIF marker first and an Adobe marker second.
     if has_jfif and not is_rgb and not tables:
-        return stream
+        return scan_start, stream[:scan_start]
     adobe = _ADOBE + (b"\x00" if is_rgb else b"\x01")
-    return b"".join([b"\xff\xd8", adobe, tables[2:-2], *segments, stream[scan_start:]])
+    return scan_start, b"".join([b"\xff\xd8", adobe, tables[2:-2], *segments])
 
 
 def _read_header(stream: bytes, width_px: int, height_px: int) -> tuple[list[bytes], bool, int] | None:

@@ -44,6 +44,7 @@ _MAX_OVERVIEW_PX = 8192
 _MAX_READ_PX = 4096  # side of the largest region read at once: 64 MiB of RGBA
 # Formats that OpenSlide shows as the file's own tiles side by side; others overlap, shift or blend them.
 _PLAIN_FORMATS = frozenset({"aperio", "generic-tiff", "philips"})
+_END_OF_IMAGE = b"\xff\xd9"
 _MAX_DIFFERENCE = 2  # of 255, between two builds of libjpeg
 _MAX_SHIFT_PX = 0.01  # of a level, up to which a position counts as falling on one of its pixels
 _UNSUPPORTED_SIGNS = ("unsupported", "not supported", "concatenation member", "no pyramid levels")
@@ -52,6 +53,8 @@ _ADVICE = {
     "truncated": "The file seems to be cut off; copy it again",
     "unreadable": "The file seems to be damaged; copy it again",
 }
+# Level to read, its level-0 pixels per pixel, and its pixels per wanted pixel: 1 where they are used as they are.
+_Plan = tuple[int, float, float]
 _TRUNCATED_SIGNS = ("short read", "end of file", "eof", "truncated", "premature", "beyond end")
 
 
@@ -92,6 +95,7 @@ class SlideReader:
         self._overview: tuple[np.ndarray, float] | None = None
         self._tiles: TiffTiles | None = None
         self._trusted_levels: dict[int, bool] = {}
+        self._plans: dict[float, _Plan] = {}
         slide_id = path.stem if slide_id is None else slide_id
         check_regular_file(path, slide_id)
         problem = check_tiff_header(path)
@@ -165,10 +169,9 @@ class SlideReader:
         Raises:
             SlideError: if the pixels can not be read, or `mpp_too_coarse`.
         """
-        self.check_resolution(tile_mpp)
         if out is None:
             out = np.empty((tile_size_px, tile_size_px, 3), dtype=np.uint8)
-        self._read_area(x, y, self.info.tile_downsample(tile_mpp), out)
+        self._read_area(x, y, self._plan(tile_mpp), out)
         return out
 
     def compressed_tile(self, x: int, y: int, *, tile_size_px: int, tile_mpp: float) -> bytes | None:
@@ -183,17 +186,14 @@ class SlideReader:
             `bytes`, *optional*: a JPEG file with the scanner's own pixels; `None` where tiles of the file do not
                 coincide with the wanted one, are not JPEG, or reach beyond the level.
         """
-        downsample = self.info.tile_downsample(tile_mpp)
-        level = self.info.level_for(downsample)
-        tiled = self._tiles.levels[level] if self._tiles is not None else None
+        level, level_downsample, ratio = self._plan(tile_mpp)
+        tiled = self._tiles.levels[level] if self._tiles is not None and ratio == 1 else None
         if tiled is None or (tiled.tile_width_px, tiled.tile_height_px) != (tile_size_px, tile_size_px):
             return None
-        level_downsample = self.info.level_downsamples[level]
         level_x, level_y = round(x / level_downsample), round(y / level_downsample)
         column, row = level_x // tile_size_px, level_y // tile_size_px
         is_own = (
-            downsample == level_downsample
-            and (column * tile_size_px, row * tile_size_px) == (level_x, level_y)
+            (column * tile_size_px, row * tile_size_px) == (level_x, level_y)
             and min(level_x, level_y) >= 0
             and level_x + tile_size_px <= tiled.width_px
             and level_y + tile_size_px <= tiled.height_px
@@ -202,7 +202,8 @@ class SlideReader:
             return None
         jpeg = self._tiles.jpeg(level, column, row)
         # A stream that was cut off still decodes, with grey in place of what is missing.
-        return jpeg if jpeg is not None and jpeg.rstrip(b"\0").endswith(b"\xff\xd9") else None
+        is_whole = jpeg is not None and (jpeg.endswith(_END_OF_IMAGE) or jpeg.rstrip(b"\0").endswith(_END_OF_IMAGE))
+        return jpeg if is_whole else None
 
     def read_overview(self, mpp: float) -> tuple[np.ndarray, float]:
         """Reads a small picture of the scanned area.
@@ -230,19 +231,30 @@ class SlideReader:
         if self._overview is None or self._overview[1] != downsample:
             out_width, out_height = max(1, round(width / downsample)), max(1, round(height / downsample))
             overview_rgb = np.empty((out_height, out_width, 3), dtype=np.uint8)
-            self._read_area(x, y, downsample, overview_rgb)
+            self._read_area(x, y, self._plan_level(downsample), overview_rgb)
             overview_rgb.flags.writeable = False
             self._overview = overview_rgb, downsample
         return self._overview
 
-    def _read_area(self, x: int, y: int, downsample: float, out: np.ndarray) -> None:
-        """Reads `out`, uint8 `(h, w, 3)`, with `downsample` level-0 pixels per pixel, from `(x, y)` on level 0.
+    def _plan(self, tile_mpp: float) -> _Plan:
+        """How tiles at `tile_mpp` um/px are read; worked out once."""
+        if tile_mpp not in self._plans:
+            self.check_resolution(tile_mpp)
+            self._plans[tile_mpp] = self._plan_level(self.info.tile_downsample(tile_mpp))
+        return self._plans[tile_mpp]
+
+    def _plan_level(self, downsample: float) -> _Plan:
+        level = self.info.level_for(downsample)
+        level_downsample = self.info.level_downsamples[level]
+        is_native = _is_native(downsample, level_downsample)
+        return level, level_downsample, 1.0 if is_native else downsample / level_downsample
+
+    def _read_area(self, x: int, y: int, plan: _Plan, out: np.ndarray) -> None:
+        """Reads `out`, uint8 `(h, w, 3)`, from `(x, y)` on level 0.
 
         Large areas are read in blocks, so memory stays bounded for slides without a pyramid.
         """
-        level = self.info.level_for(downsample)
-        level_downsample = self.info.level_downsamples[level]
-        ratio = 1.0 if _is_native(downsample, level_downsample) else downsample / level_downsample
+        level, level_downsample, ratio = plan
         start_x, start_y = round(x / level_downsample), round(y / level_downsample)
         block = max(1, int(_MAX_READ_PX / ratio))
         for top, bottom in _blocks(out.shape[0], block):

@@ -9,6 +9,7 @@ Only plain grids: levels whose tiles lie side by side without overlap, JPEG-comp
 """
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .jpeg_stream import complete_jpeg
+from .jpeg_stream import complete_header
 
 try:
     import simplejpeg
@@ -85,6 +86,8 @@ class TiffTiles:
     def __init__(self, path: Path, level_sizes: Sequence[tuple[int, int]], *, cache_bytes: int = CACHE_BYTES) -> None:
         self.levels = _find_levels(path, level_sizes)
         self._file = path.open("rb", buffering=0) if any(self.levels) else None
+        # Of each level the header of the last tile, as stored and as completed: most tiles have the same.
+        self._headers: dict[int, tuple[bytes, bytes]] = {}
         self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._cached_bytes, self._cache_bytes = 0, cache_bytes
 
@@ -106,14 +109,27 @@ class TiffTiles:
         num_bytes = int(tiled.sizes[index])
         if not 0 < num_bytes <= _MAX_TILE_BYTES:
             return None
-        self._file.seek(int(tiled.offsets[index]))
-        return complete_jpeg(
-            self._file.read(num_bytes),
-            tiled.tables,
-            is_rgb=tiled.is_rgb,
-            width_px=tiled.tile_width_px,
-            height_px=tiled.tile_height_px,
-        )
+        return self._complete(level, self._read_at(int(tiled.offsets[index]), num_bytes))
+
+    def _read_at(self, offset: int, num_bytes: int) -> bytes:
+        """Reads from the file; without moving a position that a forked process would share, where that is possible."""
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), num_bytes, offset)
+        self._file.seek(offset)
+        return self._file.read(num_bytes)
+
+    def _complete(self, level: int, stream: bytes) -> bytes | None:
+        """Makes a JPEG file of a tile's stream; `None` if it is none of the expected kind."""
+        stored, completed = self._headers.get(level, (b"", b""))
+        if not stored or not stream.startswith(stored):
+            tiled = self.levels[level]
+            size = {"width_px": tiled.tile_width_px, "height_px": tiled.tile_height_px}
+            header = complete_header(stream, tiled.tables, is_rgb=tiled.is_rgb, **size)
+            if header is None:
+                return None
+            stored, completed = stream[: header[0]], header[1]
+            self._headers[level] = stored, completed
+        return stream if stored == completed else completed + stream[len(stored) :]
 
     def read(self, level: int, x: int, y: int, out: np.ndarray, background_rgb: tuple[int, int, int]) -> bool:
         """Reads pixels of one level.

@@ -9,7 +9,7 @@ import simplejpeg
 import tifffile
 from PIL import Image
 
-from modeling_dre_slcl.jpeg_stream import complete_jpeg
+from modeling_dre_slcl.jpeg_stream import complete_header
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.tiff_tiles import TiffTiles
 
@@ -55,6 +55,11 @@ def jpeg_of(image, colorspace="RGB"):
     return simplejpeg.encode_jpeg(image, quality=90, colorspace=colorspace, colorsubsampling="420")
 
 
+def complete_jpeg(stream, tables, *, is_rgb=False):
+    header = complete_header(stream, tables, is_rgb=is_rgb, width_px=TILE_PX, height_px=TILE_PX)
+    return None if header is None else header[1] + stream[header[0] :]
+
+
 def decoders(jpeg):
     """What three other ways of decoding make of a JPEG file."""
     yield np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
@@ -68,7 +73,7 @@ def test_an_abbreviated_stream_becomes_a_file_with_the_same_pixels():
     stream, tables = split_tables(jpeg)
     with pytest.raises(ValueError, match="table"):
         simplejpeg.decode_jpeg(stream)
-    completed = complete_jpeg(stream, tables, is_rgb=False, width_px=TILE_PX, height_px=TILE_PX)
+    completed = complete_jpeg(stream, tables)
     for pixels in decoders(completed):
         np.testing.assert_array_equal(pixels, simplejpeg.decode_jpeg(jpeg))
 
@@ -78,7 +83,7 @@ def test_the_tags_of_the_tiff_decide_on_the_colour_transform(is_rgb):
     """The stream itself is marked as JFIF, which means YCbCr; the TIFF may say that its components are RGB."""
     jpeg = jpeg_of(picture(TILE_PX, TILE_PX))
     as_ycbcr = np.asarray(Image.open(io.BytesIO(jpeg)).convert("YCbCr")).astype(int)
-    completed = complete_jpeg(jpeg, b"", is_rgb=is_rgb, width_px=TILE_PX, height_px=TILE_PX)
+    completed = complete_jpeg(jpeg, b"", is_rgb=is_rgb)
     for pixels in decoders(completed):
         expected = as_ycbcr if is_rgb else simplejpeg.decode_jpeg(jpeg)
         # Pillow goes through RGB to get at the components.
@@ -98,7 +103,7 @@ def test_the_tags_of_the_tiff_decide_on_the_colour_transform(is_rgb):
     ],
 )
 def test_what_is_no_colour_tile_of_the_size_is_not_completed(stream):
-    assert complete_jpeg(stream, b"", is_rgb=False, width_px=TILE_PX, height_px=TILE_PX) is None
+    assert complete_jpeg(stream, b"") is None
 
 
 @pytest.mark.parametrize("photometric", ["ycbcr", "rgb"])

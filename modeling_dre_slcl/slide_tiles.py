@@ -27,6 +27,8 @@ except ImportError:
 # Neighbouring tiles share compressed blocks of the file, so a thread takes a run of them.
 _MAX_TILES_PER_TASK = 16
 _BATCHES_AHEAD = 2
+# Decoded tiles of the file, for grids that do not coincide with them: enough for a row of a slide 200,000 px wide.
+_CACHE_BYTES = 192 << 20
 _GRID_RGB = (20, 120, 20)
 
 
@@ -103,7 +105,9 @@ def iter_tile_batches(
     with ExitStack() as stack:
         readers: queue.SimpleQueue[SlideReader] = queue.SimpleQueue()
         for _ in range(num_threads):
-            reader = stack.enter_context(SlideReader(path, slide_id=slide_id, mpp=mpp))
+            reader = stack.enter_context(
+                SlideReader(path, slide_id=slide_id, mpp=mpp, cache_bytes=_CACHE_BYTES // num_threads)
+            )
             _check_same_geometry(reader, grid)
             readers.put(reader)
         executor = ThreadPoolExecutor(num_threads, thread_name_prefix="tile-reader")

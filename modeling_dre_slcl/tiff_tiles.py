@@ -177,13 +177,25 @@ class TiffTiles:
         if tile is not None:
             self._cache.move_to_end(key)
             return tile
-        tile = self._decode(level, column, row)
+        tile = self._decode(level, column, row, self._make_room(self.levels[level]))
         if tile is not None:
             self._cache[key] = tile
             self._cached_bytes += tile.nbytes
-            while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return tile
+
+    def _make_room(self, tiled: TiledLevel) -> np.ndarray | None:
+        """Drops tiles used long ago; returns the memory of one, since asking the system for more costs time.
+
+        Two rows of tiles are all that reading a slide row by row profits from.
+        """
+        shape = (tiled.tile_height_px, tiled.tile_width_px, 3)
+        tile_bytes = 3 * tiled.tile_height_px * tiled.tile_width_px
+        limit = min(self._cache_bytes, (2 * tiled.num_columns + 1) * tile_bytes)
+        dropped = None
+        while self._cache and self._cached_bytes + tile_bytes > limit:
+            dropped = self._cache.popitem(last=False)[1]
+            self._cached_bytes -= dropped.nbytes
+        return dropped if dropped is not None and dropped.shape == shape else None
 
     def _decode(self, level: int, column: int, row: int, out: np.ndarray | None = None) -> np.ndarray | None:
         """Decodes a tile; `None` if it is not stored or damaged."""

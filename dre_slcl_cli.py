@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 # Subcommand -> (module, one line of help). Modules are imported only when their subcommand is called.
 COMMANDS = {
-    "tiles": ("dre_slcl.training.build_dataset", "tile slides into a Hugging Face dataset"),
+    "tiles": ("dre_slcl.training.tiles_command", "tile slides into a Hugging Face dataset"),
     "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
     "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),
@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (sequence of `str`, *optional*): the arguments; by default those of the process.
 
     Returns:
-        `int`: exit status: 0 complete, 1 failed, 2 wrong usage, 3 partial (some slides were refused), 128 + n when
+        `int`: exit status: 0 complete, 1 failed, 2 wrong usage, 3 partial (some slides were refused), 4 and 5 see
+        `dre-slcl tiles --help`, 128 + n when
         signal n stopped it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dre_slcl.training import build_dataset as module
-from dre_slcl.training import dataset_commit, slide_part
+from dre_slcl.training import build_tiling, dataset_commit, slide_part
 from dre_slcl.training.dataset_info import read_dataset_geometry, read_dataset_info
-from dre_slcl.training.folder_lock import folder_lock
+from dre_slcl.training.slide_claims import BuildMember
 from dre_slcl.training.worker_pool import WorkerCrash
 from modeling_dre_slcl.tile_grid import TileGridConfig
 
@@ -32,9 +31,9 @@ def count_reads(monkeypatch):
 
     def tile(task):
         read.append(task.slide_id)
-        return slide_part.tile_one_slide(task)
+        return slide_part.tile_claimed_slide(task)
 
-    monkeypatch.setattr(module, "tile_in_worker", tile)
+    monkeypatch.setattr(build_tiling, "tile_in_worker", tile)
     return read
 
 
@@ -119,7 +118,7 @@ def test_killed_build_goes_on_where_it_stopped(manifest, built, tmp_path, monkey
     """A real process is killed as soon as its second slide is done."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "dre_slcl_cli", "tiles", "--slides", str(manifest), "--out", str(out)]
-    command += ["--tile-size-px", "64", "--tile-mpp", "1", "--mask-mpp", "8", "--num-workers", "0"]
+    command += ["--tile-size", "64", "--mpp", "1", "--mask-mpp", "8", "--num-workers", "0"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while len(list((out / ".parts").glob("s*.json"))) < 2 and process.poll() is None:
             time.sleep(0.002)
@@ -136,8 +135,8 @@ def test_killed_build_goes_on_where_it_stopped(manifest, built, tmp_path, monkey
     assert not list(out.glob(".*"))
 
 
-CRASH_POINTS = [f"replace-{i}" for i in range(6)]
-CRASH_POINTS += ["remove_stale_previews", "write_dataset_info", "rmtree-slides", "rmtree-tiles", "rmtree-.parts"]
+CRASH_POINTS = [f"replace-{i}" for i in (0, 1, 6, 8, 15, 16)]
+CRASH_POINTS += ["check_files", "write_dataset_info", "rmtree-.parts"]
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS)
@@ -188,7 +187,7 @@ def _kill_in_commit(patch, number):
     renames = []
 
     def count(self, target):
-        if self.parent.name.endswith("-staging") and not self.name.startswith(".tmp-"):
+        if any(folder.name.endswith("-staging") for folder in self.parents) and not self.name.startswith(".tmp-"):
             if len(renames) == number:
                 raise Killed
             renames.append(self.name)
@@ -201,7 +200,7 @@ def _kill_in_commit(patch, number):
 def test_build_killed_again_and_again(manifest, built, tmp_path):
     """The whole process tree is left to die by a kill of the parent at any time, and started again until done."""
     command = [sys.executable, "-m", "dre_slcl_cli", "tiles", "--slides", str(manifest)]
-    command += ["--tile-size-px", "64", "--tile-mpp", "1", "--mask-mpp", "8", "--num-workers", "2"]
+    command += ["--tile-size", "64", "--mpp", "1", "--mask-mpp", "8", "--num-workers", "2"]
     rng = np.random.default_rng(0)
     num_kills = 0
     for number in range(3):
@@ -223,11 +222,11 @@ def test_build_killed_again_and_again(manifest, built, tmp_path):
 
 def test_dead_worker_refuses_its_slide_only(manifest, built, tmp_path, monkeypatch):
     def run(function, tasks, *, num_workers, initializer):
-        assert (num_workers, initializer) == (2, module.prepare_worker)
+        assert (num_workers, initializer) == (2, build_tiling.prepare_worker)
         for index, task in enumerate(tasks):
             yield index, WorkerCrash(-signal.SIGSEGV) if task.slide_id == "s2" else function(task)
 
-    monkeypatch.setattr(module, "run_in_workers", run)
+    monkeypatch.setattr(build_tiling, "run_in_workers", run)
     summary = build(manifest, tmp_path / "out", num_workers=2)
     assert summary.refused_by_reason["reader_aborted"] == 1
     table = pq.read_table(tmp_path / "out" / "slides" / "train-00000-of-00001.parquet").to_pylist()
@@ -275,10 +274,12 @@ def test_folders_with_other_content_are_left_alone(manifest, tmp_path):
     assert (tmp_path / "slides" / "precious.svs").read_text() == "x"
 
 
-def test_two_builds_at_once_are_refused(manifest, tmp_path):
-    (tmp_path / "out").mkdir()
-    with folder_lock(tmp_path / "out"), pytest.raises(BlockingIOError, match="another process is writing here"):
+def test_two_different_builds_at_once_are_refused(manifest, tmp_path):
+    parts = tmp_path / "out" / ".parts"
+    parts.mkdir(parents=True)
+    with BuildMember(parts, "another"), pytest.raises(BlockingIOError, match="another process builds here with other"):
         build(manifest, tmp_path / "out")
+    assert not list((parts / "members").iterdir())
 
 
 def test_stale_preview_is_removed(manifest, tmp_path):

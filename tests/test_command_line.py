@@ -10,7 +10,17 @@ import pytest
 from dre_slcl_cli import COMMANDS, main
 
 OPTIONS = {
-    "tiles": ["--slides", "--out", "--tile-mpp", "--tile-size-px", "--mpp", "--pixels", "--val-fraction"],
+    "tiles": [
+        "--slides",
+        "--out",
+        "--mpp",
+        "--tile-size",
+        "--slide-mpp",
+        "--pixels",
+        "--join",
+        "--shard",
+        "--val-fraction",
+    ],
     "train": ["--config", "--dataset", "--output-dir", "--slides-per-batch", "--bank-mode", "--text-model"],
     "embed": ["--model", "--slides", "--out", "--mpp", "--tile-features", "--device"],
     "evaluate": ["--model", "--dataset", "--label-column", "--out"],

@@ -2,36 +2,48 @@
 """Writes a finished slide dataset beside the old one and puts it in its place.
 
 Everything is first written to a staging folder. During the exchange `dre_slcl_dataset.json` is absent, so old and new
-files are never taken for one dataset; a crash in between is mended by the next build from the parts.
+files are never taken for one dataset; a crash in between is mended by the next build from the parts. Files are
+exchanged one by one, each by a rename, and nothing of the new dataset is ever removed: so a process that was thought
+dead, and comes back in the midst of it after another has finished, puts equal files in place of equal files.
 """
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from modeling_dre_slcl.atomic_files import sync_path, sync_tree, temporary_path, write_json, write_text
+from modeling_dre_slcl.atomic_files import read_json, sync_path, sync_tree, temporary_path, write_json, write_text
 
 from .build_options import BuildOptions
-from .build_records import BuildSummary, refused_lines, versions
-from .dataset_card import write_card, write_summary_text
-from .dataset_info import DATASET_INFO_NAME, write_dataset_info
-from .dataset_writer import SlideEntry, count_tiles, write_tables
+from .build_records import BuildSummary, refused_lines, summary_text, versions
+from .dataset_card import write_card
+from .dataset_info import DATASET_INFO_NAME, check_files, write_dataset_info
+from .dataset_writer import SlideEntry, count_tiles, link_or_copy, write_tables
+from .slide_pictures import PICTURE_SUFFIXES, picture_names
 
 PARTS_NAME = ".parts"
-PREVIEWS_NAME = "previews"
-_REPLACED_ENTRIES = ("slides", "tiles", "README.md", "refused.jsonl", "summary.json", "summary.md")
+_TABLE_FOLDERS = ("slides", "tiles")
+# Folder of the dataset -> suffix of the files in it that belong to a build.
+_OWN_SUFFIXES = dict.fromkeys(_TABLE_FOLDERS, ".parquet") | PICTURE_SUFFIXES
 
 
 def finish_dataset(
-    entries: Sequence[SlideEntry], out_dir: Path, options: BuildOptions, *, build_key: str, summary: BuildSummary
+    entries: Sequence[SlideEntry],
+    out_dir: Path,
+    options: BuildOptions,
+    *,
+    build_key: str,
+    summary: BuildSummary,
+    extra_info: Mapping[str, Any],
 ) -> BuildSummary:
-    """Merges the parts, puts the dataset in place, and removes the parts.
+    """Writes the dataset, puts it in place, and removes the parts.
 
     ```
     out_dir/
       README.md              dataset card
       slides/, tiles/        Parquet shards per split (tiles only with pixels)
+      thumbnails/<id>.jpg    the slide
       previews/<id>.jpg      the grid over the slide
       refused.jsonl          one line per refused slide
       summary.json, .md      counts and times
@@ -40,44 +52,60 @@ def finish_dataset(
 
     Args:
         entries (`Sequence[SlideEntry]`): all slides in the order of the manifest.
-        out_dir (`Path`): folder of the dataset, with the parts in `.parts`.
+        out_dir (`Path`): folder of the dataset.
         options (`BuildOptions`): how the slides were tiled.
         build_key (`str`): hash of everything the dataset depends on.
         summary (`BuildSummary`): counts so far.
+        extra_info (`Mapping[str, Any]`): more for the dataset's info file.
 
     Returns:
         `BuildSummary`: with the time of merging.
+
+    Raises:
+        ValueError: if a folder of the dataset holds files that no build has written.
     """
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     staging = temporary_path(out_dir / "staging")
     staging.mkdir()
     files = write_tables(
         staging,
         entries,
-        parts_dir=out_dir / PARTS_NAME,
         grid_config=options.grid_config,
-        has_pixels=options.stored_quality is not None,
+        has_pixels=options.pixels != "none",
         shard_bytes=options.shard_bytes,
     )
-    seconds = time.perf_counter() - start
-    summary = summary.with_seconds(merge=seconds, total=summary.seconds["tiling"] + seconds)
+    stage_pictures(staging, entries)
+    seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    summary = summary.with_merge(seconds, cpu_seconds)
     _write_texts(staging, entries, files, title=out_dir.resolve().name, options=options, summary=summary)
-    commit_dataset(staging, out_dir)
-    remove_stale_previews(out_dir / PREVIEWS_NAME, entries)
+    commit_dataset(staging, out_dir, build_key=build_key)
     given_mpp = {entry.row.slide_id: options.mpp_of(entry.row.mpp) for entry in entries}
     content = {
         "geometry": options.geometry(),
         "parameters": options.parameters(),
+        "options": options.to_dict(),
         "given_mpp": {slide_id: mpp for slide_id, mpp in given_mpp.items() if mpp is not None},
         "build_key": build_key,
         "num_tiles": dict(count_tiles(entries)),
         "summary": summary.to_dict(),
         "versions": versions(),
+        **extra_info,
     }
     write_dataset_info(out_dir, content=content, files=files)
-    shutil.rmtree(out_dir / PARTS_NAME)
-    shutil.rmtree(staging)
+    # Another member of the same build may still be there for a moment, and write.
+    shutil.rmtree(out_dir / PARTS_NAME, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
     return summary
+
+
+def stage_pictures(staging: Path, entries: Sequence[SlideEntry]) -> None:
+    """Gives the pictures of all slides a second name in the staging folder."""
+    for folder in PICTURE_SUFFIXES:
+        (staging / folder).mkdir()
+    for entry in entries:
+        if entry.pictures_dir is not None:
+            for name in picture_names(entry.row.slide_id):
+                link_or_copy(entry.pictures_dir / name, staging / name)
 
 
 def _write_texts(
@@ -94,7 +122,7 @@ def _write_texts(
         files,
         title=title,
         grid_config=options.grid_config,
-        jpeg_quality=options.stored_quality,
+        jpeg_quality=None if options.pixels == "none" else options.jpeg_quality,
         license_name=options.license_name,
         stain=options.stain,
     )
@@ -102,40 +130,59 @@ def _write_texts(
     write_text(staging / "README.md", card)
     write_text(staging / "refused.jsonl", refused_lines(entries))
     write_json(staging / "summary.json", content)
-    write_text(staging / "summary.md", write_summary_text(content))
+    write_text(staging / "summary.md", summary_text(content))
 
 
-def commit_dataset(staging: Path, out_dir: Path) -> None:
-    """Puts the staged files in place of the old ones and deletes the old ones; the info file is removed first.
+def commit_dataset(staging: Path, out_dir: Path, *, build_key: str) -> None:
+    """Puts the staged files in place of the old ones and deletes those that are left; the info file goes first.
 
     A crash in between leaves a folder without `dre_slcl_dataset.json`, which no reader takes for a dataset and which
     the next build completes from the parts.
     """
+    for folder in _TABLE_FOLDERS:
+        _check_own(out_dir / folder)
     sync_tree(staging)
-    (out_dir / DATASET_INFO_NAME).unlink(missing_ok=True)
+    if not _set_info_aside(staging, out_dir, build_key):
+        return
+    staged = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != DATASET_INFO_NAME)
+    for path in staged:
+        target = out_dir / path.relative_to(staging)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    names = {path.relative_to(staging).as_posix() for path in staged}
+    for folder, suffix in _OWN_SUFFIXES.items():
+        for path in (out_dir / folder).glob(f"*{suffix}"):
+            if f"{folder}/{path.name}" not in names:
+                path.unlink(missing_ok=True)
+        if (out_dir / folder).is_dir():
+            if not any((out_dir / folder).iterdir()):
+                (out_dir / folder).rmdir()
+            else:
+                sync_path(out_dir / folder)
     sync_path(out_dir)
-    for name in _REPLACED_ENTRIES:
-        _remove(out_dir / name)
-    for name in _REPLACED_ENTRIES:
-        if (staging / name).exists():
-            (staging / name).replace(out_dir / name)
+
+
+def _set_info_aside(staging: Path, out_dir: Path, build_key: str) -> bool:
+    """Moves the old info file away; if it turns out to be that of this very build, puts it back and returns False."""
+    try:
+        (out_dir / DATASET_INFO_NAME).replace(staging / DATASET_INFO_NAME)
+    except FileNotFoundError:
+        return True
+    try:
+        found = read_json(staging / DATASET_INFO_NAME)
+        check_files(found, out_dir)
+        is_finished = found["build_key"] == build_key
+    except (ValueError, KeyError, TypeError):
+        is_finished = False
+    if is_finished:
+        (staging / DATASET_INFO_NAME).replace(out_dir / DATASET_INFO_NAME)
+        return False
     sync_path(out_dir)
+    return True
 
 
-def _remove(path: Path) -> None:
-    """Removes a file, or a folder that holds nothing but Parquet files, so that no stranger's folder is lost."""
-    if path.is_dir() and not path.is_symlink():
-        foreign = [entry.name for entry in path.iterdir() if entry.suffix != ".parquet"]
-        if foreign:
-            raise ValueError(f"{path}: holds {foreign[:5]}, which no build has written; move them away.")
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove_stale_previews(previews_dir: Path, entries: Sequence[SlideEntry]) -> None:
-    """Removes previews of slides that are not part of the dataset (any more)."""
-    wanted = {f"{entry.row.slide_id}.jpg" for entry in entries if entry.record.status == "ok"}
-    for path in previews_dir.glob("*.jpg"):
-        if path.name not in wanted:
-            path.unlink()
+def _check_own(folder: Path) -> None:
+    """Refuses a folder that holds anything but Parquet files, so that no stranger's files get among ours."""
+    foreign = [path.name for path in folder.iterdir() if path.suffix != ".parquet"] if folder.is_dir() else []
+    if foreign:
+        raise ValueError(f"{folder}: holds {foreign[:5]}, which no build has written; move them away.")

@@ -29,8 +29,9 @@ def read_dataset_info(out_dir: str | Path) -> dict[str, Any]:
         out_dir (`str` or `Path`): folder of the slide dataset.
 
     Returns:
-        `dict`: `format_version`, `geometry`, `parameters`, `given_mpp` (of slides whose own is not used),
-        `build_key`, `num_tiles` (per split), `summary`, `versions`, and `files` (relative path to size in bytes).
+        `dict`: `format_version`, `geometry`, `parameters`, `options` (of the build), `given_mpp` (of slides whose own
+            is not used), `build_key`, `num_tiles` (per split), `summary`, `versions`, `files` (relative path to size
+            in bytes), and `share` if it is one machine's share of a manifest.
 
     Raises:
         ValueError: if the dataset is not finished, of another format version, or lacks a file.
@@ -42,12 +43,21 @@ def read_dataset_info(out_dir: str | Path) -> dict[str, Any]:
     info = read_json(path)
     if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}; build the dataset again.")
+    check_files(info, folder)
+    return info
+
+
+def check_files(info: dict[str, Any], folder: Path) -> None:
+    """Checks that the data files which an info file names are in a folder, in full.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
     for name, size in info["files"].items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             raise ValueError(f"{file}: expected {size} bytes, found {found or 'no file'}; build the dataset again.")
-    return info
 
 
 def read_dataset_geometry(out_dir: str | Path) -> dict[str, int | float]:

@@ -5,7 +5,8 @@ So adding a slide, correcting a report or moving a case to another split does no
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ import pyarrow.parquet as pq
 from modeling_dre_slcl.atomic_files import atomic_file
 
 from .dataset_info import read_dataset_info
-from .dataset_tables import TILE_SCHEMA, TileTableWriter
+from .parquet_join import TableSlice, join_tables, slice_table
 from .slide_part import PartRecord, SlideTask, table_path, write_record
+from .slide_pictures import picture_names
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ["slide_id", "fingerprint", "status", "vendor", "width_px", "height_px", "mpp", "tile_size_level0_px"]
+# Columns of the `slides` table that are fields of a `PartRecord`.
+RECORD_COLUMNS = (
+    *("slide_id", "status", "reason", "vendor", "width_px", "height_px", "mpp", "tile_size_level0_px"),
+    *("num_tiles", "num_copied"),
+)
 
 
 def restore_parts(out_dir: Path, tasks: Sequence[SlideTask], parameters: Mapping[str, Any]) -> int:
@@ -45,7 +51,8 @@ def restore_parts(out_dir: Path, tasks: Sequence[SlideTask], parameters: Mapping
     wanted = {
         task.slide_id: task
         for task in tasks
-        if info["given_mpp"].get(task.slide_id) == task.mpp and (out_dir / f"previews/{task.slide_id}.jpg").is_file()
+        if info["given_mpp"].get(task.slide_id) == task.mpp
+        and all((out_dir / name).is_file() for name in picture_names(task.slide_id))
     }
     num_restored = 0
     for split in info["num_tiles"]:
@@ -54,7 +61,9 @@ def restore_parts(out_dir: Path, tasks: Sequence[SlideTask], parameters: Mapping
 
 
 def _restore_split(out_dir: Path, split: str, wanted: Mapping[str, SlideTask]) -> int:
-    slides = pq.read_table(out_dir / f"slides/{split}-00000-of-00001.parquet", columns=_COLUMNS).to_pylist()
+    slides = pq.read_table(
+        out_dir / f"slides/{split}-00000-of-00001.parquet", columns=[*RECORD_COLUMNS, "fingerprint"]
+    ).to_pylist()
     matching = {
         row["slide_id"]: row
         for row in slides
@@ -64,37 +73,32 @@ def _restore_split(out_dir: Path, split: str, wanted: Mapping[str, SlideTask]) -
     }
     num_restored = 0
     for path in sorted(out_dir.glob(f"tiles/{split}-*.parquet")):
-        with pq.ParquetFile(path) as shard:
-            for slide_id, groups in _groups_by_slide(shard):
-                if slide_id in matching:
-                    _restore_part(shard, groups, wanted[slide_id], matching[slide_id])
-                    num_restored += 1
+        for slide_id, groups in slides_of_shard(path):
+            if slide_id in matching:
+                _restore_part(out_dir, slice_table(path, groups), wanted[slide_id], matching[slide_id])
+                num_restored += 1
     return num_restored
 
 
-def _groups_by_slide(shard: pq.ParquetFile) -> Iterator[tuple[str, list[int]]]:
-    """Yields each slide of a shard with its row groups, which never span two slides."""
-    current, groups = "", []
-    for group in range(shard.num_row_groups):
-        slide_id = shard.metadata.row_group(group).column(0).statistics.min
-        if groups and slide_id != current:
-            yield current, groups
-            groups = []
-        current = slide_id
-        groups.append(group)
-    if groups:
-        yield current, groups
+def slides_of_shard(path: Path) -> list[tuple[str, list[int]]]:
+    """Returns each slide of a shard with its row groups, which never span two slides."""
+    groups: dict[str, list[int]] = {}
+    metadata = pq.read_metadata(path)
+    for group in range(metadata.num_row_groups):
+        groups.setdefault(metadata.row_group(group).column(0).statistics.min, []).append(group)
+    return list(groups.items())
 
 
-def _restore_part(shard: pq.ParquetFile, groups: list[int], task: SlideTask, row: Mapping[str, Any]) -> None:
+def _restore_part(out_dir: Path, tiles: TableSlice, task: SlideTask, row: Mapping[str, Any]) -> None:
+    for name in picture_names(task.slide_id):
+        with atomic_file(task.parts_dir / name) as temporary:
+            shutil.copyfile(out_dir / name, temporary)
     target = table_path(task.parts_dir, task.slide_id)
-    with atomic_file(target) as temporary, TileTableWriter(temporary, TILE_SCHEMA) as writer:
-        writer.copy_groups(shard, groups)
-    record = PartRecord(
-        slide_id=task.slide_id,
-        key=task.key,
-        num_tiles=sum(shard.metadata.row_group(group).num_rows for group in groups),
-        table_bytes=target.stat().st_size,
-        **{name: row[name] for name in ("vendor", "width_px", "height_px", "mpp", "tile_size_level0_px")},
-    )
-    write_record(task.parts_dir, record)
+    with atomic_file(target) as temporary:
+        join_tables(temporary, [tiles])
+    write_record(task.parts_dir, record_of_row(row, key=task.key, table_bytes=target.stat().st_size))
+
+
+def record_of_row(row: Mapping[str, Any], *, key: str, table_bytes: int = 0) -> PartRecord:
+    """Returns what tiling gave for a slide, from its row of a `slides` table."""
+    return PartRecord(key=key, table_bytes=table_bytes, **{name: row[name] for name in RECORD_COLUMNS})

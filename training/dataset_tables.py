@@ -5,6 +5,7 @@ Images are stored uncompressed (they are JPEG already) and row groups never span
 can be found and copied without decoding anything.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .manifest import DATASET_COLUMNS
+from .parquet_join import TableSlice
 
 if TYPE_CHECKING:
     import datasets
@@ -23,7 +25,14 @@ _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # how datas
 COORDINATE_SCHEMA = pa.schema(
     [("slide_id", pa.string()), ("tile_index", pa.int32()), ("x", pa.int32()), ("y", pa.int32())]
 )
-TILE_SCHEMA = COORDINATE_SCHEMA.append(pa.field("image", _IMAGE))
+# What `datasets` writes beside its own tables, so that a part can become a shard as it is, without `datasets`.
+_FEATURES = {
+    name: {"dtype": str(COORDINATE_SCHEMA.field(name).type), "_type": "Value"} for name in COORDINATE_SCHEMA.names
+}
+_FEATURES["image"] = {"_type": "Image"}
+TILE_SCHEMA = COORDINATE_SCHEMA.append(pa.field("image", _IMAGE)).with_metadata(
+    {"huggingface": json.dumps({"info": {"features": _FEATURES}})}
+)
 MAX_GROUP_TILES = 1000
 MAX_GROUP_BYTES = 64 << 20
 _SLIDES_PER_GROUP = 64
@@ -52,8 +61,9 @@ def slide_features(labels: Iterable[Mapping[str, Any]]) -> "datasets.Features":
     """
     import datasets
 
-    kinds = dict.fromkeys(DATASET_COLUMNS, "string")
-    kinds.update(dict.fromkeys(("width_px", "height_px", "tile_size_px", "stride_px", "num_tiles"), "int32"))
+    kinds = dict.fromkeys((*DATASET_COLUMNS, "num_copied"), "string")
+    kinds.update(dict.fromkeys(("width_px", "height_px", "tile_size_px", "stride_px"), "int32"))
+    kinds.update(dict.fromkeys(("num_tiles", "num_copied"), "int32"))
     kinds.update({"tile_size_level0_px": "int32", "tile_start": "int64", "mpp": "float64", "tile_mpp": "float64"})
     features = {name: datasets.Value(kind) for name, kind in kinds.items()}
     features["tile_xy"] = datasets.List(datasets.List(datasets.Value("int32"), length=2))
@@ -75,11 +85,11 @@ def label_kinds(labels: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 class TileTableWriter:
-    """Writes tiles to a Parquet file; the bytes depend on the rows alone, not on how they were handed over.
+    """Writes tiles to a Parquet file, one row group at a time.
 
     Args:
         path (`Path`): the file to write.
-        schema (`pyarrow.Schema`): `TILE_SCHEMA` or `COORDINATE_SCHEMA`, with or without metadata.
+        schema (`pyarrow.Schema`): `TILE_SCHEMA` or `COORDINATE_SCHEMA`.
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -92,12 +102,12 @@ class TileTableWriter:
             schema,
             compression=codecs,
             use_dictionary=["slide_id"],
+            # Smallest and largest JPEG would say nothing and cost a comparison of every two.
+            write_statistics=["slide_id", "tile_index", "x", "y"],
             write_page_index=True,
             # Pages end where the content says, so the Hub stores only what changed between two versions.
             use_content_defined_chunking=True,
         )
-        self._rows: list[dict[str, Any]] = []
-        self._num_bytes = 0
 
     def __enter__(self) -> "TileTableWriter":
         return self
@@ -105,36 +115,36 @@ class TileTableWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.flush()
         self._writer.close()
 
-    def add_tile(self, slide_id: str, tile_index: int, xy: tuple[int, int], image: bytes | None) -> None:
-        """Adds one row; `xy` is the top-left corner in level-0 pixels, `image` the encoded tile."""
-        row: dict[str, Any] = {"slide_id": slide_id, "tile_index": tile_index, "x": xy[0], "y": xy[1]}
-        if image is not None:
-            row["image"] = {"bytes": image, "path": None}
-            self._num_bytes += len(image)
-        self._rows.append(row)
-        if len(self._rows) >= MAX_GROUP_TILES or self._num_bytes >= MAX_GROUP_BYTES:
-            self.flush()
+    def write_group(
+        self, slide_id: str, first_tile: int, tile_xy: np.ndarray, images: Sequence[bytes] | None = None
+    ) -> None:
+        """Writes neighbouring tiles of one slide as one row group.
 
-    def flush(self) -> None:
-        """Ends the row group; called between slides."""
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows, self._num_bytes = [], 0
+        Args:
+            slide_id (`str`): the slide.
+            first_tile (`int`): index of the first of these tiles in the slide.
+            tile_xy (`np.ndarray` of shape `(n, 2)`, int32): their top-left corners, level-0 pixels.
+            images (`Sequence[bytes]`, *optional*): their JPEG files, if the table has images.
+        """
+        num_tiles = len(tile_xy)
+        columns = [
+            pa.DictionaryArray.from_arrays(np.zeros(num_tiles, dtype=np.int32), [slide_id]).cast(pa.string()),
+            pa.array(np.arange(first_tile, first_tile + num_tiles, dtype=np.int32)),
+            *(pa.array(np.ascontiguousarray(tile_xy[:, axis], dtype=np.int32)) for axis in (0, 1)),
+        ]
+        if images is not None:
+            fields = [pa.array(images, pa.binary()), pa.nulls(num_tiles, pa.string())]
+            columns.append(pa.StructArray.from_arrays(fields, fields=list(_IMAGE)))
+        table = pa.Table.from_arrays(columns, schema=self._schema)
+        self._writer.write_table(table, row_group_size=max(1, num_tiles))
 
-    def copy_groups(self, source: pq.ParquetFile, groups: Iterable[int]) -> None:
-        """Copies whole row groups of another file of this kind."""
-        for group in groups:
-            table = source.read_row_group(group).replace_schema_metadata(self._schema.metadata)
-            self._writer.write_table(table, row_group_size=MAX_GROUP_TILES)
 
-
-def read_tile_xy(path: Path) -> np.ndarray:
-    """Reads the corners of all tiles of a tile table, int32 (N, 2)."""
-    table = pq.read_table(path, columns=["x", "y"])
+def read_tile_xy(tiles: TableSlice) -> np.ndarray:
+    """Reads the corners of the tiles in some row groups of a tile table, int32 (N, 2)."""
+    with pq.ParquetFile(tiles.path) as file:
+        table = file.read_row_groups(list(tiles.groups), columns=["x", "y"])
     return np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1).astype(np.int32)
 
 

@@ -1,29 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges the parts of all slides into the Parquet shards of a slide dataset; the bytes depend on the parts alone."""
+"""Merges the parts of all slides into the Parquet shards of a slide dataset; the bytes depend on the parts alone.
 
+Row groups are copied as they are; a part that is a shard by itself is linked, where the file system can.
+"""
+
+import errno
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from modeling_dre_slcl.tile_grid import TileGridConfig
 
-from .dataset_tables import TileTableWriter, read_tile_xy, slide_features, tile_features, write_slide_table
+from .dataset_tables import read_tile_xy, slide_features, write_slide_table
 from .manifest import ManifestRow
 from .manifest_checks import SPLITS
-from .slide_part import PartRecord, table_path
+from .parquet_join import TableSlice, join_tables
+from .slide_part import PartRecord
 
 
 @dataclass(frozen=True)
 class SlideEntry:
-    """A slide of the dataset: its manifest row, its fingerprint and what tiling it gave."""
+    """A slide of the dataset: its manifest row, its fingerprint, what tiling it gave, and where its tile table is.
+
+    Attributes:
+        row (`ManifestRow`): the slide in the manifest.
+        fingerprint (`str` or `None`): its fingerprint, if its file could be read.
+        record (`PartRecord`): what tiling gave.
+        tiles (`TableSlice` or `None`): its tiles; `None` if refused.
+        pictures_dir (`Path` or `None`): folder with the folders of its pictures.
+        tile_xy (`np.ndarray` of shape `(N, 2)`, int32, *optional*): its tiles' corners, where `tiles` has none.
+    """
 
     row: ManifestRow
     fingerprint: str | None
     record: PartRecord
+    tiles: TableSlice | None = None
+    pictures_dir: Path | None = None
+    tile_xy: np.ndarray | None = None
 
     @property
     def split(self) -> str:
@@ -41,7 +59,6 @@ def write_tables(
     staging: Path,
     entries: Sequence[SlideEntry],
     *,
-    parts_dir: Path,
     grid_config: TileGridConfig,
     has_pixels: bool,
     shard_bytes: int,
@@ -51,7 +68,6 @@ def write_tables(
     Args:
         staging (`Path`): folder to write to.
         entries (`Sequence[SlideEntry]`): all slides in the order of the manifest.
-        parts_dir (`Path`): where the parts' tile tables lie.
         grid_config (`TileGridConfig`): geometry of the tiles.
         has_pixels (`bool`): whether the parts hold images; without, no `tiles` configuration is written.
         shard_bytes (`int`): size above which a new shard begins.
@@ -65,12 +81,10 @@ def write_tables(
     for split, group in group_by_split(entries).items():
         name = f"slides/{split}-00000-of-00001.parquet"
         (staging / "slides").mkdir(parents=True, exist_ok=True)
-        write_slide_table(
-            staging / name, slide_schema, _slide_rows(group, grid_config), (_corners(e, parts_dir) for e in group)
-        )
+        write_slide_table(staging / name, slide_schema, _slide_rows(group, grid_config), map(_corners, group))
         names.append(name)
         if has_pixels:
-            names += _write_tile_shards(staging, split, group, parts_dir, shard_bytes)
+            names += _write_tile_shards(staging, split, group, shard_bytes)
     return names
 
 
@@ -96,6 +110,7 @@ def _slide_rows(group: Sequence[SlideEntry], grid_config: TileGridConfig) -> lis
                 "tile_size_level0_px": record.tile_size_level0_px,
                 "tile_start": tile_start,
                 "num_tiles": record.num_tiles,
+                "num_copied": record.num_copied,
                 "report": row.report,
                 **row.labels,
                 "status": record.status,
@@ -106,10 +121,10 @@ def _slide_rows(group: Sequence[SlideEntry], grid_config: TileGridConfig) -> lis
     return rows
 
 
-def _corners(entry: SlideEntry, parts_dir: Path) -> np.ndarray:
-    if entry.record.num_tiles == 0:
-        return np.empty((0, 2), dtype=np.int32)
-    return read_tile_xy(table_path(parts_dir, entry.row.slide_id))
+def _corners(entry: SlideEntry) -> np.ndarray:
+    if entry.tile_xy is not None:
+        return entry.tile_xy
+    return np.empty((0, 2), dtype=np.int32) if entry.tiles is None else read_tile_xy(entry.tiles)
 
 
 def plan_shards(sizes: Sequence[int], shard_bytes: int) -> list[list[int]]:
@@ -125,20 +140,31 @@ def plan_shards(sizes: Sequence[int], shard_bytes: int) -> list[list[int]]:
     return shards
 
 
-def _write_tile_shards(
-    staging: Path, split: str, group: Sequence[SlideEntry], parts_dir: Path, shard_bytes: int
-) -> list[str]:
-    schema = tile_features().arrow_schema
-    records = [entry.record for entry in group if entry.record.num_tiles]
-    shards = plan_shards([record.table_bytes for record in records], shard_bytes)
+def _write_tile_shards(staging: Path, split: str, group: Sequence[SlideEntry], shard_bytes: int) -> list[str]:
+    tables = [entry.tiles for entry in group if entry.tiles is not None]
+    shards = plan_shards([table.num_bytes for table in tables], shard_bytes)
     names = [f"tiles/{split}-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
     for name, indices in zip(names, shards, strict=True):
         (staging / "tiles").mkdir(parents=True, exist_ok=True)
-        with TileTableWriter(staging / name, schema) as writer:
-            for index in indices:
-                with pq.ParquetFile(table_path(parts_dir, records[index].slide_id)) as part:
-                    writer.copy_groups(part, range(part.num_row_groups))
+        _write_shard(staging / name, [tables[index] for index in indices])
     return names
+
+
+def _write_shard(target: Path, tables: Sequence[TableSlice]) -> None:
+    if len(tables) == 1 and tables[0].is_whole:
+        link_or_copy(tables[0].path, target)
+    else:
+        join_tables(target, tables)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives a file a second name, or copies it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
+            raise
+        shutil.copyfile(source, target)
 
 
 def count_tiles(entries: Sequence[SlideEntry]) -> Mapping[str, int]:

@@ -36,22 +36,26 @@ class TableSlice:
         path (`Path`): the file.
         groups (`tuple[int, ...]`): indices of its row groups.
         num_bytes (`int`): their bytes, without footer and indexes.
+        is_whole (`bool`): whether the file has no others.
     """
 
     path: Path
     groups: tuple[int, ...]
     num_bytes: int
+    is_whole: bool
 
 
-def slice_table(path: Path) -> TableSlice:
-    """Returns all row groups of a file.
+def slice_table(path: Path, groups: Sequence[int] | None = None) -> TableSlice:
+    """Returns some or all row groups of a file.
 
     Raises:
         ValueError: if it is no Parquet file.
     """
     with path.open("rb") as file:
-        groups = _read_footer(file, path)[_ROW_GROUPS][1][1]
-    return TableSlice(path, tuple(range(len(groups))), sum(_extent(group, path)[1] for group in groups))
+        found = _read_footer(file, path)[_ROW_GROUPS][1][1]
+    wanted = tuple(range(len(found)) if groups is None else groups)
+    num_bytes = sum(_extent(found[group], path)[1] for group in wanted)
+    return TableSlice(path, wanted, num_bytes, is_whole=wanted == tuple(range(len(found))))
 
 
 def join_tables(target: Path, slices: Sequence[TableSlice]) -> None:

@@ -11,24 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import cv2
-import numpy as np
 
 from modeling_dre_slcl.atomic_files import atomic_file, read_json, write_json
-from modeling_dre_slcl.slide_reader import SlideError, SlideInfo, SlideReader, slide_fingerprint
-from modeling_dre_slcl.slide_tiles import draw_tile_grid, iter_tile_batches, tile_slide
+from modeling_dre_slcl.slide_reader import SlideError, SlideReader, slide_fingerprint
+from modeling_dre_slcl.slide_tiles import tile_slide
 from modeling_dre_slcl.tile_grid import TileGrid, TileGridConfig
 
-from .dataset_tables import COORDINATE_SCHEMA, TILE_SCHEMA, TileTableWriter
+from .dataset_tables import COORDINATE_SCHEMA, MAX_GROUP_BYTES, MAX_GROUP_TILES, TILE_SCHEMA, TileTableWriter
+from .slide_claims import release_claim, take_claim
+from .slide_pictures import encode_jpeg, write_pictures
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("open", "mask", "read_encode", "write")
-_BATCH_BYTES = 32 << 20
-_MAX_PREVIEW_PX = 1024
-_PREVIEW_QUALITY = 85
+STAGES = ("open", "mask", "read", "write")
+_REFUSED_NAME = "refused"
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,11 @@ class SlideTask:
         fingerprint (`str`): the slide's fingerprint before it is read.
         key (`str`): hash of everything the part depends on.
         grid_config (`TileGridConfig`): where tiles are placed.
-        jpeg_quality (`int` or `None`): 1-100; `None` stores coordinates only.
+        pixels (`str`): "copy", "encode" or "none"; see `BuildOptions`.
+        refuses_misaligned (`bool`): whether a slide of which a tile cannot be copied is refused.
+        jpeg_quality (`int`): 1-100, of tiles that are encoded.
         parts_dir (`Path`): where the part is written.
-        previews_dir (`Path`): where the preview is written.
+        member (`str`): the process that builds, in whose name the slide is claimed.
     """
 
     slide_id: str
@@ -55,9 +55,11 @@ class SlideTask:
     fingerprint: str
     key: str
     grid_config: TileGridConfig
-    jpeg_quality: int | None
+    pixels: str
+    refuses_misaligned: bool
+    jpeg_quality: int
     parts_dir: Path
-    previews_dir: Path
+    member: str = ""
 
 
 @dataclass
@@ -73,8 +75,10 @@ class PartRecord:
         vendor, width_px, height_px, mpp: of level 0; `None` if refused.
         tile_size_level0_px (`int` or `None`): side of a tile in level-0 pixels.
         num_tiles (`int`): tiles in the part's table.
+        num_copied (`int`): those of them that are the slide's own compressed tiles.
         table_bytes (`int`): size of the part's table, to recognise a torn file.
-        seconds (`dict[str, float]`): wall time per stage, see `STAGES`.
+        seconds (`dict[str, float]`), cpu_seconds (`dict[str, float]`): by the clock and of the processor, per stage
+            of `STAGES`; encoding belongs to "read".
     """
 
     slide_id: str
@@ -88,13 +92,16 @@ class PartRecord:
     mpp: float | None = None
     tile_size_level0_px: int | None = None
     num_tiles: int = 0
+    num_copied: int = 0
     table_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def refuse_slide(task: SlideTask, reason: str, message: str) -> PartRecord:
-    """Returns the record of a refused slide; folders of this machine are taken out of the message."""
-    for private, public in ((str(task.path), task.stored_path), (str(task.path.parent), ".")):
+    """Returns the record of a refused slide; folders and names of this machine are taken out of the message."""
+    hidden = ((str(task.path), task.stored_path), (str(task.path.parent), "."), (task.path.stem, task.slide_id))
+    for private, public in hidden:
         message = message.replace(private, public)
     return PartRecord(task.slide_id, task.key, status="refused", reason=reason, message=message)
 
@@ -105,20 +112,47 @@ def table_path(parts_dir: Path, slide_id: str) -> Path:
 
 
 def write_record(parts_dir: Path, record: PartRecord) -> None:
-    """Writes a part's record, which completes the part."""
-    write_json(parts_dir / f"{record.slide_id}.json", asdict(record))
+    """Writes a part's record, which completes the part, or the record of a refusal."""
+    folder = parts_dir / _REFUSED_NAME if record.status == "refused" else parts_dir
+    write_json(folder / f"{record.slide_id}.json", asdict(record))
 
 
 def find_part(parts_dir: Path, slide_id: str, key: str) -> PartRecord | None:
-    """Returns the record of a complete part made with the same key; refused slides leave none and are tried again."""
-    path = parts_dir / f"{slide_id}.json"
-    content = read_json(path) if path.is_file() else {}
-    if content.get("key") != key:
-        return None
-    record = PartRecord(**content)
+    """Returns the record of a complete part made with the same key."""
+    record = _read_record(parts_dir / f"{slide_id}.json", key)
     table = table_path(parts_dir, slide_id)
-    is_whole = table.is_file() and table.stat().st_size == record.table_bytes
+    is_whole = record is not None and table.is_file() and table.stat().st_size == record.table_bytes
     return record if is_whole else None
+
+
+def find_record(parts_dir: Path, slide_id: str, key: str) -> PartRecord | None:
+    """Returns the record of a complete part or of a refusal made with the same key."""
+    found = find_part(parts_dir, slide_id, key)
+    return found or _read_record(parts_dir / _REFUSED_NAME / f"{slide_id}.json", key)
+
+
+def forget_refusal(parts_dir: Path, slide_id: str) -> None:
+    """Removes the record of a refusal, so that the slide is tried again."""
+    (parts_dir / _REFUSED_NAME / f"{slide_id}.json").unlink(missing_ok=True)
+
+
+def _read_record(path: Path, key: str) -> PartRecord | None:
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        return None
+    return PartRecord(**content) if content.get("key") == key else None
+
+
+def tile_claimed_slide(task: SlideTask) -> PartRecord | None:
+    """Tiles a slide unless another process has done so or is at it; returns `None` in that case of being at it."""
+    if not take_claim(task.parts_dir, task.slide_id, task.member):
+        return find_record(task.parts_dir, task.slide_id, task.key)
+    try:
+        # Looked for after the claim: whoever had it before may have finished.
+        return find_record(task.parts_dir, task.slide_id, task.key) or tile_one_slide(task)
+    finally:
+        release_claim(task.parts_dir, task.slide_id, task.member)
 
 
 def tile_one_slide(task: SlideTask) -> PartRecord:
@@ -133,26 +167,26 @@ def tile_one_slide(task: SlideTask) -> PartRecord:
         if slide_fingerprint(task.path) != task.fingerprint:
             raise SlideError(task.slide_id, "changed_during_run", "the file was changed while it was read; run again")
     except SlideError as error:
-        return refuse_slide(task, error.reason, error.message)
+        record = refuse_slide(task, error.reason, error.message)
     except OSError:
         raise
     except Exception as error:
         logger.exception("Slide %s cannot be tiled.", task.slide_id)
-        return refuse_slide(task, "unreadable", f"{type(error).__name__}: {error}")
+        record = refuse_slide(task, "unreadable", f"{type(error).__name__}: {error}")
     write_record(task.parts_dir, record)
     return record
 
 
 def _tile(task: SlideTask) -> PartRecord:
-    seconds = dict.fromkeys(STAGES, 0.0)
-    with _timed(seconds, "open"):
+    timer = StageTimer()
+    with timer.stage("open"):
         reader = SlideReader(task.path, slide_id=task.slide_id, mpp=task.mpp)
     with reader:
+        with timer.stage("mask"):
+            grid = _make_grid(reader, task)
+            write_pictures(task.parts_dir, reader, task.grid_config.mask_mpp, grid)
+        num_copied = _write_tiles(task, reader, grid, timer)
         info = reader.info
-        with _timed(seconds, "mask"):
-            grid = tile_slide(reader, task.grid_config)
-            _write_preview(reader, task, grid)
-    _write_tiles(task, info, grid, seconds)
     return PartRecord(
         slide_id=task.slide_id,
         key=task.key,
@@ -162,63 +196,94 @@ def _tile(task: SlideTask) -> PartRecord:
         mpp=info.mpp,
         tile_size_level0_px=grid.tile_size_level0_px,
         num_tiles=len(grid),
+        num_copied=num_copied,
         table_bytes=table_path(task.parts_dir, task.slide_id).stat().st_size,
-        seconds=seconds,
+        seconds=timer.seconds,
+        cpu_seconds=timer.cpu_seconds,
     )
 
 
-def _write_tiles(task: SlideTask, info: SlideInfo, grid: TileGrid, seconds: dict[str, float]) -> None:
-    schema = COORDINATE_SCHEMA if task.jpeg_quality is None else TILE_SCHEMA
+def _make_grid(reader: SlideReader, task: SlideTask) -> TileGrid:
+    """Decides where the tiles of a slide are: the one place for it."""
+    return tile_slide(reader, task.grid_config)
+
+
+def _write_tiles(task: SlideTask, reader: SlideReader, grid: TileGrid, timer: "StageTimer") -> int:
+    """Writes the part's table; returns how many tiles were copied."""
     corners = grid.tile_xy.tolist()
+    source = _PixelSource(task, reader)
+    schema = COORDINATE_SCHEMA if task.pixels == "none" else TILE_SCHEMA
     target = table_path(task.parts_dir, task.slide_id)
-    with atomic_file(target) as temporary, TileTableWriter(temporary, schema) as writer:
-        images = _encoded_tiles(task, info, grid)
-        for index, (x, y) in enumerate(corners):
-            with _timed(seconds, "read_encode"):
-                image = next(images)
-            with _timed(seconds, "write"):
-                writer.add_tile(task.slide_id, index, (x, y), image)
+    with timer.stage("write"), atomic_file(target) as temporary, TileTableWriter(temporary, schema) as writer:
+        start = 0
+        while start < len(corners):
+            images = None
+            stop = min(start + MAX_GROUP_TILES, len(corners))
+            if task.pixels != "none":
+                with timer.stage("read"):
+                    images = source.read_group(corners[start:stop])
+                stop = start + len(images)
+            writer.write_group(task.slide_id, start, grid.tile_xy[start:stop], images)
+            start = stop
+    return source.num_copied
 
 
-def _encoded_tiles(task: SlideTask, info: SlideInfo, grid: TileGrid) -> Iterator[bytes | None]:
-    """Yields the JPEG bytes of every tile in order, or `None` for each if only coordinates are stored."""
-    if task.jpeg_quality is None:
-        yield from [None] * len(grid)
-        return
-    batch_size = max(1, min(256, _BATCH_BYTES // (3 * grid.tile_size_px**2)))
-    batches = iter_tile_batches(
-        task.path, grid, batch_size=batch_size, mpp=info.mpp, slide_id=task.slide_id, num_threads=1
-    )
-    for _, pixels in batches:
-        for tile in pixels:
-            yield encode_jpeg(tile, task.jpeg_quality)
+class _PixelSource:
+    """Gives the JPEG files of a slide's tiles: the slide's own, or encoded."""
+
+    def __init__(self, task: SlideTask, reader: SlideReader) -> None:
+        self.num_copied = 0
+        self._reader = reader
+        self._size = {"tile_size_px": task.grid_config.tile_size_px, "tile_mpp": task.grid_config.tile_mpp}
+        self._quality = task.jpeg_quality
+        self._copies = task.pixels == "copy"
+        self._refuses = task.refuses_misaligned
+
+    def read_group(self, corners: list[list[int]]) -> list[bytes]:
+        """Returns the tiles at the first of these level-0 corners: as many as a row group may hold."""
+        images: list[bytes] = []
+        num_bytes = 0
+        for x, y in corners:
+            image = self._reader.compressed_tile(x, y, **self._size) if self._copies else None
+            if image is None:
+                image = self._encode(x, y)
+            else:
+                self.num_copied += 1
+            images.append(image)
+            num_bytes += len(image)
+            if num_bytes >= MAX_GROUP_BYTES:
+                break
+        return images
+
+    def _encode(self, x: int, y: int) -> bytes:
+        if self._copies and self._refuses:
+            raise SlideError(
+                self._reader.info.slide_id,
+                "misaligned",
+                f"the tile at ({x}, {y}) is not one of the slide's own JPEG tiles, so it cannot be copied; choose "
+                "--tile-size and --mpp of a level of the slide, or allow --misaligned encode",
+            )
+        return encode_jpeg(self._reader.read_tile(x, y, **self._size), self._quality)
 
 
-def encode_jpeg(rgb: np.ndarray, quality: int) -> bytes:
-    """Encodes uint8 RGB (h, w, 3) as JPEG with 4:2:0 chroma, the usual form of slides' own tiles."""
-    succeeded, data = cv2.imencode(
-        ".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)]
-    )
-    if not succeeded:
-        raise ValueError(f"A tile of shape {rgb.shape} could not be encoded as JPEG.")
-    return data.tobytes()
+class StageTimer:
+    """Adds up wall and processor time per stage; time of an inner stage does not count for the outer one."""
 
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.cpu_seconds = dict.fromkeys(STAGES, 0.0)
 
-def _write_preview(reader: SlideReader, task: SlideTask, grid: TileGrid) -> None:
-    overview_rgb, downsample = reader.read_overview(task.grid_config.mask_mpp)
-    preview = draw_tile_grid(overview_rgb, downsample, reader.info.bounds, grid)
-    scale = _MAX_PREVIEW_PX / max(preview.shape[:2])
-    if scale < 1:
-        size = (max(1, round(preview.shape[1] * scale)), max(1, round(preview.shape[0] * scale)))
-        preview = cv2.resize(preview, size, interpolation=cv2.INTER_AREA)
-    with atomic_file(task.previews_dir / f"{task.slide_id}.jpg") as temporary:
-        temporary.write_bytes(encode_jpeg(preview, _PREVIEW_QUALITY))
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times the block; may be entered inside another stage."""
+        before = self._sums()
+        start = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            inner = [now - then for now, then in zip(self._sums(), before, strict=True)]
+            self.seconds[name] += time.perf_counter() - start[0] - inner[0]
+            self.cpu_seconds[name] += time.process_time() - start[1] - inner[1]
 
-
-@contextmanager
-def _timed(seconds: dict[str, Any], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] += time.perf_counter() - start
+    def _sums(self) -> tuple[float, float]:
+        return sum(self.seconds.values()), sum(self.cpu_seconds.values())

@@ -32,13 +32,18 @@ def fingerprint_slides(rows: Sequence[ManifestRow]) -> dict[str, str | SlideErro
         return dict(zip([row.slide_id for row in rows], executor.map(fingerprint, rows), strict=True))
 
 
+def is_duplicate(row: ManifestRow, first: str) -> bool:
+    """Whether a slide must be refused because slide `first` (the first with its fingerprint) is the same."""
+    return first != row.slide_id and row.path.suffix.lower() not in _INDEX_SUFFIXES
+
+
 def make_tasks(
     rows: Sequence[ManifestRow],
     fingerprints: Mapping[str, str | SlideError],
     *,
     options: BuildOptions,
     parts_dir: Path,
-    previews_dir: Path,
+    member: str = "",
 ) -> tuple[list[SlideTask], list[PartRecord]]:
     """Returns a task for each slide that can be tried, and the records of those refused already.
 
@@ -49,7 +54,8 @@ def make_tasks(
         rows (`Sequence[ManifestRow]`): all slides.
         fingerprints (`Mapping`): from `fingerprint_slides`.
         options (`BuildOptions`): how to tile them.
-        parts_dir (`Path`), previews_dir (`Path`): where workers write.
+        parts_dir (`Path`): where workers write.
+        member (`str`, *optional*): the process that builds, in whose name slides are claimed.
     """
     tasks, refused = [], []
     first_with: dict[str, str] = {}
@@ -65,15 +71,17 @@ def make_tasks(
             fingerprint=fingerprint,
             key=hash_json([FORMAT_VERSION, options.parameters(), mpp, fingerprint]),
             grid_config=options.grid_config,
-            jpeg_quality=options.stored_quality,
+            pixels=options.pixels,
+            refuses_misaligned=options.misaligned == "refuse",
+            jpeg_quality=options.jpeg_quality,
             parts_dir=parts_dir,
-            previews_dir=previews_dir,
+            member=member,
         )
         if isinstance(found, SlideError):
             refused.append(refuse_slide(task, found.reason, found.message))
             continue
         first = first_with.setdefault(found, row.slide_id)
-        if first != row.slide_id and row.path.suffix.lower() not in _INDEX_SUFFIXES:
+        if is_duplicate(row, first):
             refused.append(refuse_slide(task, "duplicate_id", f"the file has the same content as slide {first}"))
         else:
             tasks.append(task)

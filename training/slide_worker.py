@@ -26,8 +26,8 @@ def prepare_worker() -> None:
         sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
 
 
-def tile_in_worker(task: "SlideTask") -> "PartRecord":
-    """Tiles one slide; see `tile_one_slide`."""
-    from .slide_part import tile_one_slide
+def tile_in_worker(task: "SlideTask") -> "PartRecord | None":
+    """Tiles one slide; see `tile_claimed_slide`."""
+    from .slide_part import tile_claimed_slide
 
-    return tile_one_slide(task)
+    return tile_claimed_slide(task)

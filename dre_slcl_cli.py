@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         `dre-slcl tiles --help`, 128 + n when
         signal n stopped it.
     """
+    if argv is None and sys.argv[1:2] == ["tiles"]:
+        # A process that does nothing else needs no torch, whose loading takes longer than tiling a slide.
+        importlib.import_module("dre_slcl.training.slide_worker").prepare_worker()
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         "dre-slcl",

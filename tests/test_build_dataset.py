@@ -18,7 +18,7 @@ import yaml
 
 from dre_slcl.training import tiles_command as module
 from dre_slcl.training.dataset_info import read_dataset_geometry
-from dre_slcl.training.dataset_tables import TILE_SCHEMA, tile_features
+from dre_slcl.training.dataset_tables import TILE_SCHEMA
 from dre_slcl.training.dataset_writer import plan_shards
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.slide_tiles import tile_slide
@@ -67,7 +67,7 @@ def test_summary_and_exit_code(built):
     assert all(line["message"] for line in refused)
 
 
-def test_both_configurations_load_with_their_features(loaded):
+def test_both_configurations_load_with_their_features(built, loaded):
     slides, tiles = loaded["slides"], loaded["tiles"]
     assert list(slides) == ["train", "val", "test"]
     assert list(tiles) == ["train", "test"]  # the only slide of val was refused, and empty splits cannot be loaded
@@ -82,10 +82,16 @@ def test_both_configurations_load_with_their_features(loaded):
         "mpp": "float64",
         "tile_start": "int64",
     }
-    assert tiles["train"].features == tile_features()
+    kinds = {"slide_id": "string", "tile_index": "int32", "x": "int32", "y": "int32"}
+    expected = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+    expected["image"] = datasets.Image()
+    assert tiles["train"].features == expected
     assert isinstance(tiles["train"][0]["image"], PIL.Image.Image)
     assert tiles["train"][0]["image"].size == (64, 64)
-    assert tile_features().arrow_schema.equals(TILE_SCHEMA, check_metadata=True)
+    assert expected.arrow_schema.equals(TILE_SCHEMA, check_metadata=True)
+    written = pq.read_schema(built[0] / "slides" / "train-00000-of-00001.parquet")
+    assert features.arrow_schema.equals(written)
+    assert json.loads(features.arrow_schema.metadata[b"huggingface"]) == json.loads(written.metadata[b"huggingface"])
 
 
 def test_slide_rows_hold_the_manifest_and_the_refusals(loaded):

@@ -2,14 +2,14 @@
 """The two tables of a slide dataset, as Parquet: `tiles` (one row per tile) and `slides` (one row per slide).
 
 Images are stored uncompressed (they are JPEG already) and row groups never span two slides, so that a slide's tiles
-can be found and copied without decoding anything.
+can be found and copied without decoding anything. x and y of a tile are level-0 pixels of its top-left corner.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,59 +18,50 @@ import pyarrow.parquet as pq
 from .manifest import DATASET_COLUMNS
 from .parquet_join import TableSlice
 
-if TYPE_CHECKING:
-    import datasets
 
+def schema_for_datasets(schema: pa.Schema) -> pa.Schema:
+    """Adds what the library `datasets` writes beside its own tables, which so need not be loaded to write ours."""
+    features = {field.name: _feature(field.type) for field in schema}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {"_type": "Image"}
+    if pa.types.is_fixed_size_list(kind):
+        return {"feature": _feature(kind.value_type), "length": kind.list_size, "_type": "List"}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    return {"dtype": _DTYPES.get(str(kind), str(kind)), "_type": "Value"}
+
+
+_DTYPES = {"double": "float64"}  # where pyarrow has another name
+_LABEL_TYPES = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # how datasets stores an `Image`
 COORDINATE_SCHEMA = pa.schema(
     [("slide_id", pa.string()), ("tile_index", pa.int32()), ("x", pa.int32()), ("y", pa.int32())]
 )
-# What `datasets` writes beside its own tables, so that a part can become a shard as it is, without `datasets`.
-_FEATURES = {
-    name: {"dtype": str(COORDINATE_SCHEMA.field(name).type), "_type": "Value"} for name in COORDINATE_SCHEMA.names
-}
-_FEATURES["image"] = {"_type": "Image"}
-TILE_SCHEMA = COORDINATE_SCHEMA.append(pa.field("image", _IMAGE)).with_metadata(
-    {"huggingface": json.dumps({"info": {"features": _FEATURES}})}
-)
+TILE_SCHEMA = schema_for_datasets(COORDINATE_SCHEMA.append(pa.field("image", _IMAGE)))
 MAX_GROUP_TILES = 1000
 MAX_GROUP_BYTES = 64 << 20
 _SLIDES_PER_GROUP = 64
 
 
-def tile_features() -> "datasets.Features":
-    """Returns the columns of the `tiles` configuration; x and y are level-0 pixels of the tile's top-left corner."""
-    import datasets
-
-    return datasets.Features(
-        {
-            "slide_id": datasets.Value("string"),
-            "tile_index": datasets.Value("int32"),
-            "x": datasets.Value("int32"),
-            "y": datasets.Value("int32"),
-            "image": datasets.Image(),
-        }
-    )
-
-
-def slide_features(labels: Iterable[Mapping[str, Any]]) -> "datasets.Features":
+def slide_schema(labels: Iterable[Mapping[str, Any]]) -> pa.Schema:
     """Returns the columns of the `slides` configuration; label columns get the type of their values.
 
     Args:
         labels (`Iterable[Mapping[str, Any]]`): the labels of all slides.
     """
-    import datasets
-
-    kinds = dict.fromkeys((*DATASET_COLUMNS, "num_copied"), "string")
-    kinds.update(dict.fromkeys(("width_px", "height_px", "tile_size_px", "stride_px"), "int32"))
-    kinds.update(dict.fromkeys(("num_tiles", "num_copied"), "int32"))
-    kinds.update({"tile_size_level0_px": "int32", "tile_start": "int64", "mpp": "float64", "tile_mpp": "float64"})
-    features = {name: datasets.Value(kind) for name, kind in kinds.items()}
-    features["tile_xy"] = datasets.List(datasets.List(datasets.Value("int32"), length=2))
-    last = {name: features.pop(name) for name in ("status", "reason")}
-    return datasets.Features(
-        {**features, **{name: datasets.Value(kind) for name, kind in label_kinds(labels).items()}, **last}
-    )
+    types = dict.fromkeys((*DATASET_COLUMNS, "num_copied"), pa.string())
+    types.update(dict.fromkeys(("width_px", "height_px", "tile_size_px", "stride_px"), pa.int32()))
+    types.update(dict.fromkeys(("tile_size_level0_px", "num_tiles", "num_copied"), pa.int32()))
+    types.update({"tile_start": pa.int64(), "mpp": pa.float64(), "tile_mpp": pa.float64()})
+    last = {name: types.pop(name) for name in ("status", "reason")}
+    del types["tile_xy"]
+    types["tile_xy"] = pa.list_(pa.list_(pa.int32(), 2))  # behind the single numbers
+    label_types = {name: _LABEL_TYPES[kind] for name, kind in label_kinds(labels).items()}
+    return schema_for_datasets(pa.schema({**types, **label_types, **last}))
 
 
 def label_kinds(labels: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -130,15 +121,28 @@ class TileTableWriter:
         """
         num_tiles = len(tile_xy)
         columns = [
-            pa.DictionaryArray.from_arrays(np.zeros(num_tiles, dtype=np.int32), [slide_id]).cast(pa.string()),
-            pa.array(np.arange(first_tile, first_tile + num_tiles, dtype=np.int32)),
-            *(pa.array(np.ascontiguousarray(tile_xy[:, axis], dtype=np.int32)) for axis in (0, 1)),
+            _binary_column([slide_id.encode()] * num_tiles, pa.string()),
+            _int_column(np.arange(first_tile, first_tile + num_tiles)),
+            *(_int_column(tile_xy[:, axis]) for axis in (0, 1)),
         ]
         if images is not None:
-            fields = [pa.array(images, pa.binary()), pa.nulls(num_tiles, pa.string())]
+            fields = [_binary_column(images, pa.binary()), pa.nulls(num_tiles, pa.string())]
             columns.append(pa.StructArray.from_arrays(fields, fields=list(_IMAGE)))
         table = pa.Table.from_arrays(columns, schema=self._schema)
         self._writer.write_table(table, row_group_size=max(1, num_tiles))
+
+
+def _int_column(values: np.ndarray) -> pa.Array:
+    """Makes an int32 column of numbers (n,); `pa.array` would load pandas, which costs each worker 0.3 s."""
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values.astype(np.int32).tobytes())])
+
+
+def _binary_column(values: Sequence[bytes], kind: pa.DataType) -> pa.Array:
+    """Makes a column of byte strings or, of UTF-8, texts; together below 2 GiB."""
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(kind, len(values), buffers)
 
 
 def read_tile_xy(tiles: TableSlice) -> np.ndarray:

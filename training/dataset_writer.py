@@ -16,7 +16,7 @@ import numpy as np
 
 from modeling_dre_slcl.tile_grid import TileGridConfig
 
-from .dataset_tables import read_tile_xy, slide_features, write_slide_table
+from .dataset_tables import read_tile_xy, slide_schema, write_slide_table
 from .manifest import ManifestRow
 from .manifest_checks import SPLITS
 from .parquet_join import TableSlice, join_tables
@@ -76,12 +76,12 @@ def write_tables(
         `list[str]`: the files, relative to `staging`. A split without any tile has no file in `tiles`, because
             `load_dataset` refuses empty splits.
     """
-    slide_schema = slide_features(entry.row.labels for entry in entries).arrow_schema
+    schema = slide_schema(entry.row.labels for entry in entries)
     names = []
     for split, group in group_by_split(entries).items():
         name = f"slides/{split}-00000-of-00001.parquet"
         (staging / "slides").mkdir(parents=True, exist_ok=True)
-        write_slide_table(staging / name, slide_schema, _slide_rows(group, grid_config), map(_corners, group))
+        write_slide_table(staging / name, schema, _slide_rows(group, grid_config), map(_corners, group))
         names.append(name)
         if has_pixels:
             names += _write_tile_shards(staging, split, group, shard_bytes)

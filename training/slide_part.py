@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("open", "mask", "read", "write")
 _REFUSED_NAME = "refused"
+_SAY_MPP = "Say it in the manifest's mpp column, or for all slides with --slide-mpp"
+_ADVICE = {"mpp_missing": _SAY_MPP, "mpp_out_of_range": _SAY_MPP}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def refuse_slide(task: SlideTask, reason: str, message: str) -> PartRecord:
     hidden = ((str(task.path), task.stored_path), (str(task.path.parent), "."), (task.path.stem, task.slide_id))
     for private, public in hidden:
         message = message.replace(private, public)
+    if advice := _ADVICE.get(reason):
+        message = f"{message.rstrip('.')}. {advice}"
     return PartRecord(task.slide_id, task.key, status="refused", reason=reason, message=message)
 
 

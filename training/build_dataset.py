@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling_dre_slcl.atomic_files import remove_temporary, write_text
+from modeling_dre_slcl.atomic_files import TEMPORARY_PREFIX, remove_temporary, write_text
+from modeling_dre_slcl.slide_info import SlideError
 from modeling_dre_slcl.tile_grid import TileGridConfig
 
 from .build_options import BuildOptions
@@ -121,18 +122,41 @@ def _build(
 ) -> BuildSummary:
     start = time.perf_counter()
     found = fingerprint_slides(rows)
-    fingerprints = {slide_id: value if isinstance(value, str) else None for slide_id, value in found.items()}
-    build_key = _build_key(rows, fingerprints, options, extra_info)
+    build_key = _build_key(rows, _fingerprints(found), options, extra_info)
     finished = find_finished(out_dir, build_key)
     if finished is not None:
         _remove_parts(out_dir, build_key)  # left by a kill after the last rename
         return finished
+    try:
+        return _build_parts(rows, found, out_dir, options, build_key, extra_info, start)
+    except FileNotFoundError:
+        # Another process that finished the dataset has removed the parts.
+        if find_finished(out_dir, build_key) is None:
+            raise
+        return _found_finished(out_dir, build_key)
+
+
+def _build_parts(
+    rows: Sequence[ManifestRow],
+    found: Mapping[str, str | SlideError],
+    out_dir: Path,
+    options: BuildOptions,
+    build_key: str,
+    extra_info: Mapping[str, Any],
+    start: float,
+) -> BuildSummary:
+    """Tiles what is not tiled yet, and finishes the dataset; `start` is when the build began, by `perf_counter`."""
+    fingerprints = _fingerprints(found)
     parts_dir = out_dir / PARTS_NAME
     parts_dir.mkdir(exist_ok=True)
+    # Listed before this process shows itself: who writes later sees it, who wrote earlier and lives is seen by it.
+    leftovers = [
+        path for folder in (out_dir, parts_dir, *parts_dir.glob("*/")) for path in folder.glob(f"{TEMPORARY_PREFIX}*")
+    ]
     with BuildMember(parts_dir, build_key) as member:
         tasks, refused = make_tasks(rows, found, options=options, parts_dir=parts_dir, member=member.name)
         if not member.others():
-            _clean_up(out_dir, tasks)
+            _clean_up(leftovers, tasks, member)
         records = {record.slide_id: record for record in refused}
         reused = _reuse_parts(tasks, out_dir, options)
         records.update(reused)
@@ -162,6 +186,10 @@ def _build(
                 entries, out_dir, options, build_key=build_key, summary=summary, extra_info=extra_info
             ),
         )
+
+
+def _fingerprints(found: Mapping[str, str | SlideError]) -> dict[str, str | None]:
+    return {slide_id: value if isinstance(value, str) else None for slide_id, value in found.items()}
 
 
 def _entry(row: ManifestRow, fingerprint: str | None, record: PartRecord, parts_dir: Path) -> SlideEntry:
@@ -198,6 +226,7 @@ def _found_finished(out_dir: Path, build_key: str) -> BuildSummary:
     finished = find_finished(out_dir, build_key)
     if finished is None:
         raise OSError(f"{out_dir}: the dataset was finished and has vanished since.")
+    shutil.rmtree(out_dir / PARTS_NAME, ignore_errors=True)
     return finished
 
 
@@ -238,14 +267,16 @@ def _give_up(entries: Sequence[SlideEntry], refused_path: Path, summary: BuildSu
     return summary
 
 
-def _clean_up(out_dir: Path, tasks: Sequence[SlideTask]) -> None:
+def _clean_up(leftovers: Sequence[Path], tasks: Sequence[SlideTask], member: BuildMember) -> None:
     """Removes what killed processes left, while no other process builds here; refused slides are tried again."""
-    parts_dir = out_dir / PARTS_NAME
-    for folder in (out_dir, parts_dir, *(path for path in parts_dir.iterdir() if path.is_dir())):
-        remove_temporary(folder)
-    shutil.rmtree(parts_dir / "claims", ignore_errors=True)
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    member.clear_dead()
     for task in tasks:
-        forget_refusal(parts_dir, task.slide_id)
+        forget_refusal(task.parts_dir, task.slide_id)
 
 
 def _remove_parts(out_dir: Path, build_key: str) -> None:

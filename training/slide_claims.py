@@ -86,7 +86,13 @@ class BuildMember:
         self.name = uuid.uuid4().hex
         self._folder = folder
         self._path = folder / "members" / self.name
-        self._content = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine(), "build": build_key}
+        self._content = {
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "birth": _birth_of(os.getpid()),
+            "build": build_key,
+        }
         self._stale_seconds = stale_seconds
         self._seen: dict[str, tuple[object, float]] = {}
         self._stopped = threading.Event()
@@ -117,7 +123,7 @@ class BuildMember:
         content = self._read(name)
         if content is None:
             return False  # members register before they claim, and leave after they gave claims back
-        if content["machine"] == self._content["machine"] and not _is_running(content["pid"]):
+        if content["machine"] == self._content["machine"] and content["birth"] != _birth_of(content["pid"]):
             return False
         return not self._is_silent(f"member {name}", self._folder / "members" / name, self._stale_seconds)
 
@@ -131,6 +137,14 @@ class BuildMember:
         if not is_held:
             self._break_claim(path, owner)
         return not is_held
+
+    def clear_dead(self) -> None:
+        """Removes the claims and files of members that have died."""
+        for path in (self._folder / "claims").glob("*"):
+            self.is_free(path.name)
+        for name in self._member_names():
+            if not self.is_alive(name):
+                (self._folder / "members" / name).unlink(missing_ok=True)
 
     def _break_claim(self, path: Path, owner: str) -> None:
         """Removes a dead member's claim; if another was quicker and it is a new one by now, puts it back."""
@@ -207,6 +221,9 @@ class BuildMember:
         for path in (self._folder / "claims").glob("*"):
             release_claim(self._folder, path.name, self.name)
         self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # the last one of a finished build leaves nothing behind
+            self._path.parent.rmdir()
+            self._folder.rmdir()
 
 
 def _machine() -> str:
@@ -216,6 +233,19 @@ def _machine() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
     return "/".join(parts)
+
+
+def _birth_of(process_id: int) -> str | None:
+    """Returns a mark of when a process of this machine was started, which tells it from a later one of that number.
+
+    `None` if there is none, or one that has ended and only waits for its parent to notice.
+    """
+    try:
+        # The name, in parentheses, may hold anything.
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except OSError:
+        return "" if _is_running(process_id) else None
 
 
 def _is_running(process_id: int) -> bool:

@@ -24,12 +24,10 @@ GRID = TileGridConfig(tile_size_px=TILE_PX, tile_mpp=1.0, mask_mpp=8.0)
 def write_jpeg_slide(path, *, side_px=512, tile_px=TILE_PX, mpp=1.0, seed=0):
     rng = np.random.default_rng(seed)
     image = np.full((side_px, side_px, 3), 244, dtype=np.uint8)
-    stain = rng.integers(-30, 30, size=(side_px // 8, side_px // 8, 3)) + [190, 110, 160]
+    stain = np.array([190, 110, 160]) + rng.integers(-30, 30, size=(side_px // 8, side_px // 8, 3))
     stain = cv2.resize(stain.astype(np.uint8), (side_px, side_px), interpolation=cv2.INTER_CUBIC)
     image[100:-60, 70:-90] = stain[100:-60, 70:-90]
-    description = (
-        f"Aperio Image Library v12\n{side_px}x{side_px} ({tile_px}x{tile_px}) JPEG/RGB Q=80|AppMag = 10|MPP = {mpp}"
-    )
+    description = f"Aperio Image Library v12\n{side_px}x{side_px} ({tile_px}x{tile_px}) JPEG/RGB|MPP = {mpp}"
     tifffile.imwrite(
         path,
         image,

@@ -52,10 +52,8 @@ def test_exit_statuses(manifest, tmp_path, caplog, capsys):
 def test_shares_by_command(manifest, tmp_path):
     for i in (1, 2):
         assert tiles("--slides", manifest, "--out", tmp_path / f"share{i}", "--shard", f"{i}/2") in (0, 3)
-    assert (
-        main(["tiles", "--join", str(tmp_path / "share1"), str(tmp_path / "share2"), "--out", str(tmp_path / "j")])
-        == 3
-    )
+    shares = [str(tmp_path / f"share{i}") for i in (1, 2)]
+    assert main(["tiles", "--join", *shares, "--out", str(tmp_path / "j")]) == 3
     tiles("--slides", manifest, "--out", tmp_path / "whole")
     assert parquet_hashes(tmp_path / "j") == parquet_hashes(tmp_path / "whole")
 

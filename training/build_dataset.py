@@ -149,10 +149,7 @@ def _build_parts(
     fingerprints = _fingerprints(found)
     parts_dir = out_dir / PARTS_NAME
     parts_dir.mkdir(exist_ok=True)
-    # Listed before this process shows itself: who writes later sees it, who wrote earlier and lives is seen by it.
-    leftovers = [
-        path for folder in (out_dir, parts_dir, *parts_dir.glob("*/")) for path in folder.glob(f"{TEMPORARY_PREFIX}*")
-    ]
+    leftovers = _list_temporary(out_dir)
     with BuildMember(parts_dir, build_key) as member:
         tasks, refused = make_tasks(rows, found, options=options, parts_dir=parts_dir, member=member.name)
         if not member.others():
@@ -265,6 +262,16 @@ def _give_up(entries: Sequence[SlideEntry], refused_path: Path, summary: BuildSu
     write_text(refused_path, refused_lines(entries))
     logger.error("No dataset is written: %d slides are refused; see %s.", summary.num_refused, refused_path)
     return summary
+
+
+def _list_temporary(out_dir: Path) -> list[Path]:
+    """Lists temporary files before this process shows itself as a member.
+
+    A process that wrote one of them and lives is a member by then, and one that comes later sees this process.
+    """
+    parts_dir = out_dir / PARTS_NAME
+    folders = [out_dir, parts_dir, *(path for path in parts_dir.iterdir() if path.is_dir())]
+    return [path for folder in folders for path in folder.glob(f"{TEMPORARY_PREFIX}*")]
 
 
 def _clean_up(leftovers: Sequence[Path], tasks: Sequence[SlideTask], member: BuildMember) -> None:

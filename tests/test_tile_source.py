@@ -282,6 +282,21 @@ def test_missing_slides_are_named_before_any_work(cohort, tmp_path, caplog):
         train(TrainConfig(**settings))
 
 
+def test_a_rebuilt_dataset_and_one_of_the_same_name_are_not_mixed_up(cohort, tmp_path):
+    """`datasets` finds the cache of a folder by its name and card alone."""
+    for place in ("here", "there"):
+        for report in ("first", "second"):
+            root = tmp_path / place / "dataset"
+            shutil.copytree(cohort / "none", root, dirs_exist_ok=True)
+            [table] = (root / "slides").glob("*.parquet")
+            slides = pq.read_table(table)
+            index = slides.schema.get_field_index("report")
+            slides = slides.set_column(index, slides.schema.field(index), pa.array([f"{place} {report}"] * NUM_SLIDES))
+            pq.write_table(slides, table)
+            tiles = TileSource(root, "train", slides_root=cohort / "slides")
+            assert {row.report for row in tiles.slides} == {f"{place} {report}"}
+
+
 def test_configurations_that_do_not_belong_together_are_refused(cohort, tmp_path):
     root = tmp_path / "mixed"
     shutil.copytree(cohort / "encode", root)

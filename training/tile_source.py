@@ -15,10 +15,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from datasets import Dataset, DownloadConfig, get_dataset_config_names, load_dataset
+from datasets import Dataset
 
 from modeling_dre_slcl.slide_reader import SlideError
 
+from .dataset_files import has_configuration, load_split
 from .slide_handles import SlideHandles
 from .slide_rows import SlideRow, read_slide_rows
 
@@ -49,7 +50,7 @@ class TileSource:
 
     def __init__(self, dataset: str | Path, split: str, *, slides_root: str | Path | None = None) -> None:
         self.dataset, self.split = str(dataset), split
-        self._table = _load(self.dataset, "slides", split).with_format("arrow")
+        self._table = load_split(self.dataset, "slides", split).with_format("arrow")
         self.slides = read_slide_rows(self._table[:])
         if not self.slides:
             raise ValueError(f"{dataset}: split '{split}' has no slide with status 'ok'.")
@@ -185,18 +186,11 @@ def describe_missing(source: TileSource, missing: list[SlideRow]) -> str:
     )
 
 
-def _load(dataset: str, name: str, split: str) -> Dataset:
-    try:
-        return load_dataset(dataset, name, split=split, download_config=DownloadConfig(disable_tqdm=True))
-    except ValueError as error:
-        raise ValueError(f"{dataset}: configuration '{name}', split '{split}' cannot be loaded ({error}).") from error
-
-
 def _load_images(dataset: str, split: str) -> Dataset | None:
     """Loads `tiles` as Arrow, undecoded; `None` for a dataset of coordinates only."""
-    if "tiles" not in get_dataset_config_names(dataset):
+    if not has_configuration(dataset, "tiles"):
         return None
-    tiles = _load(dataset, "tiles", split)
+    tiles = load_split(dataset, "tiles", split)
     return tiles.select_columns(["slide_id", "tile_index", "image"]).with_format("arrow")
 
 

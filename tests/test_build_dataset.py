@@ -165,22 +165,6 @@ def test_streaming_gives_the_same_rows(built, loaded):
             assert [row[key] for row in rows] == list(loaded[name][split][key])
 
 
-def test_card(built):
-    out, _ = built
-    text = (out / "README.md").read_text()
-    header = yaml.safe_load(text.split("---")[1])
-    assert header["license"] == "unknown"
-    assert header["stain"] == "unknown"
-    assert (header["tile_size_px"], header["tile_mpp"]) == (64, 1.0)
-    assert [(config["config_name"], config.get("default")) for config in header["configs"]] == [
-        ("tiles", True),
-        ("slides", None),
-    ]
-    assert "| train | 2 | 3 | 1 | 2 |" in text
-    assert "| grade | int64 | 3 | 2 (2), 3 (2) |" in text
-    assert "| gone | test | not_a_file |" in text
-
-
 def test_geometry_for_training(built, tmp_path):
     assert read_dataset_geometry(built[0]) == {"tile_size_px": 64, "tile_mpp": 1.0, "stride_px": 64}
     with pytest.raises(ValueError, match="not a finished slide dataset"):

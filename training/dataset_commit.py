@@ -61,7 +61,8 @@ def finish_dataset(
     )
     seconds = time.perf_counter() - start
     summary = summary.with_seconds(merge=seconds, total=summary.seconds["tiling"] + seconds)
-    _write_texts(staging, entries, files, title=out_dir.resolve().name, options=options, summary=summary)
+    title = out_dir.resolve().name
+    _write_texts(staging, entries, files, title=title, build_key=build_key, options=options, summary=summary)
     commit_dataset(staging, out_dir)
     remove_stale_previews(out_dir / PREVIEWS_NAME, entries)
     given_mpp = {entry.row.slide_id: options.mpp_of(entry.row.mpp) for entry in entries}
@@ -86,6 +87,7 @@ def _write_texts(
     files: Sequence[str],
     *,
     title: str,
+    build_key: str,
     options: BuildOptions,
     summary: BuildSummary,
 ) -> None:
@@ -97,6 +99,9 @@ def _write_texts(
         jpeg_quality=options.stored_quality,
         license_name=options.license_name,
         stain=options.stain,
+        pixels=options.pixels,
+        build_key=build_key,
+        folder=staging,
     )
     content = {**summary.to_dict(), "parameters": options.parameters(), "versions": versions()}
     write_text(staging / "README.md", card)

@@ -7,19 +7,24 @@ from itertools import pairwise
 from pathlib import Path
 
 import cv2
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
-from dre_slcl.training import dataset_tables, tile_stream
+from dre_slcl.training import tile_stream
 from dre_slcl.training.tile_stream import find_slides, share_slides, stream_tiles
 
 from .hub_server import HubServer, run_client
 
 SIZES = [7, 23, 4, 12, 1, 18, 9, 5, 14]  # tiles of slides s0, s1, ...
 SHARDS = [[0, 1, 2], [3], [4, 5, 6, 7, 8]]
+FEATURES = datasets.Features(
+    {name: datasets.Value("int32") for name in ("tile_index", "x", "y")}
+    | {"slide_id": datasets.Value("string"), "image": datasets.Image()}
+)
 CARD = """---
 license: other
 configs:
@@ -38,22 +43,25 @@ def jpeg(slide, tile):
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
 
 
+def tile_row(slide, tile):
+    image = {"bytes": jpeg(slide, tile), "path": None}
+    return {"slide_id": f"s{slide}", "tile_index": tile, "x": 16 * tile, "y": 0, "image": image}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A dataset of 9 slides in 3 files, with row groups of at most 5 tiles."""
     root = tmp_path_factory.mktemp("stream") / "dataset"
     (root / "tiles").mkdir(parents=True)
     (root / "README.md").write_text(CARD)
-    schema = dataset_tables.tile_features().arrow_schema
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset_tables, "MAX_GROUP_TILES", 5)
-        for number, shard in enumerate(SHARDS):
-            path = root / "tiles" / f"train-{number:05d}-of-{len(SHARDS):05d}.parquet"
-            with dataset_tables.TileTableWriter(path, schema) as writer:
-                for slide in shard:
-                    for tile in range(SIZES[slide]):
-                        writer.add_tile(f"s{slide}", tile, (16 * tile, 0), jpeg(slide, tile))
-                    writer.flush()
+    for number, shard in enumerate(SHARDS):
+        path = root / "tiles" / f"train-{number:05d}-of-{len(SHARDS):05d}.parquet"
+        options = {"compression": "none", "use_dictionary": ["slide_id"]}
+        with pq.ParquetWriter(path, FEATURES.arrow_schema, **options) as writer:
+            for slide in shard:
+                rows = [tile_row(slide, tile) for tile in range(SIZES[slide])]
+                for start in range(0, len(rows), 5):
+                    writer.write_table(pa.Table.from_pylist(rows[start : start + 5], schema=FEATURES.arrow_schema))
     return root
 
 

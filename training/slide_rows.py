@@ -14,7 +14,7 @@ _SLIDE_COLUMNS = frozenset(
     [
         *("slide_id", "case_id", "split", "path", "fingerprint", "vendor", "width_px", "height_px", "mpp"),
         *("tile_size_px", "tile_mpp", "stride_px", "tile_size_level0_px", "tile_xy", "tile_start", "num_tiles"),
-        *("report", "status", "reason"),
+        *("num_copied", "report", "status", "reason"),
     ]
 )
 _COPIED = ("slide_id", "case_id", "path", "mpp", "tile_start", "tile_size_px", "tile_mpp", "tile_size_level0_px")

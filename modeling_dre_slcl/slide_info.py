@@ -30,6 +30,7 @@ REASONS = frozenset(
 
 MIN_MPP = 0.05
 MAX_MPP = 10.0
+NATIVE_TOLERANCE = 0.02  # a level this close to the wanted resolution is used as it is
 _MAX_MPP_DIFFERENCE = 0.05  # of x and y, relative
 _MAX_LEVELS = 32
 _MAX_SIDE_PX = 1 << 20
@@ -85,6 +86,25 @@ class SlideInfo:
     level_downsamples: tuple[float, ...]
     bounds: tuple[int, int, int, int]
     background_rgb: tuple[int, int, int]
+
+    def tile_downsample(self, tile_mpp: float) -> float:
+        """Level-0 pixels per pixel of a tile at `tile_mpp` um/px.
+
+        That of a level which is within 2% of the wanted resolution, since such a level is used pixel by pixel: so
+        tiles neither overlap nor leave gaps, and coincide with the level's own compressed tiles. Otherwise exact.
+        """
+        wanted = tile_mpp / self.mpp
+        native = [level for level in self.level_downsamples if abs(wanted / level - 1) <= NATIVE_TOLERANCE]
+        return min(native, key=lambda level: abs(wanted / level - 1)) if native else wanted
+
+    def level_for(self, downsample: float) -> int:
+        """The level to read from: the coarsest one at least as fine as `downsample` level-0 pixels per pixel."""
+        fine = [
+            (level_downsample, level)
+            for level, level_downsample in enumerate(self.level_downsamples)
+            if level_downsample <= downsample * (1 + NATIVE_TOLERANCE)
+        ]
+        return max(fine)[1] if fine else 0
 
 
 def make_slide_info(

@@ -5,13 +5,15 @@ OpenSlide defines which pixels are right; on top of it stand limits, a strict ru
 to the wanted resolution, and one kind of error. Whatever a slide does, its user sees a `SlideError` with a reason
 from `REASONS`, never a raw OpenSlide error.
 
+Pixels of a level are taken whole: a level-0 position means the nearest pixel of the level. (OpenSlide interpolates at
+positions between two pixels of a level, so the two agree exactly where a position falls on a pixel, and always on
+level 0.) Tiled JPEG TIFFs are decoded without OpenSlide, several times faster, after one tile of each level has been
+compared with what OpenSlide shows.
+
 Colours are those of the file; an embedded ICC profile is not applied, as is usual for slide encoders.
 """
 
-import errno
-import hashlib
-import os
-import stat
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +21,10 @@ from types import TracebackType
 
 import numpy as np
 
-from .slide_info import REASONS, SlideError, SlideInfo, make_slide_info
+from .slide_file import check_regular_file, slide_fingerprint
+from .slide_info import NATIVE_TOLERANCE, REASONS, SlideError, SlideInfo, make_slide_info
 from .tiff_header import check_tiff_header
+from .tiff_tiles import CACHE_BYTES, TiffTiles
 
 try:
     import openslide
@@ -33,17 +37,24 @@ except ImportError:
 
 __all__ = ["REASONS", "SlideError", "SlideInfo", "SlideReader", "slide_fingerprint"]
 
-_NATIVE_TOLERANCE = 0.02  # a level this close to the wanted resolution is used as it is
+logger = logging.getLogger(__name__)
+
 _MAX_MAGNIFICATION = 1.05
 _MAX_OVERVIEW_PX = 8192
 _MAX_READ_PX = 4096  # side of the largest region read at once: 64 MiB of RGBA
-_FINGERPRINT_BYTES = 1 << 20
+# Formats that OpenSlide shows as the file's own tiles side by side; others overlap, shift or blend them.
+_PLAIN_FORMATS = frozenset({"aperio", "generic-tiff", "philips"})
+_END_OF_IMAGE = b"\xff\xd9"
+_MAX_DIFFERENCE = 2  # of 255, between two builds of libjpeg
+_MAX_SHIFT_PX = 0.01  # of a level, up to which a position counts as falling on one of its pixels
 _UNSUPPORTED_SIGNS = ("unsupported", "not supported", "concatenation member", "no pyramid levels")
 _ADVICE = {
     "unsupported": "Convert it to a format that OpenSlide reads, or copy it again if it is one",
     "truncated": "The file seems to be cut off; copy it again",
     "unreadable": "The file seems to be damaged; copy it again",
 }
+# Level to read, its level-0 pixels per pixel, and its pixels per wanted pixel: 1 where they are used as they are.
+_Plan = tuple[int, float, float]
 _TRUNCATED_SIGNS = ("short read", "end of file", "eof", "truncated", "premature", "beyond end")
 
 
@@ -56,6 +67,8 @@ class SlideReader:
         path (`str` or `Path`): the slide file; for a DICOM series any of its files, for MIRAX the `.mrxs` file.
         slide_id (`str`, *optional*): name of the slide in errors; the file's stem by default.
         mpp (`float`, *optional*): resolution of level 0, um/px, used instead of what the file says.
+        cache_bytes (`int`, *optional*): memory for decoded tiles of the file, for tiles that do not coincide with
+            them.
 
     Raises:
         SlideError: if the slide is refused; its reason says why.
@@ -69,12 +82,22 @@ class SlideReader:
     ```
     """
 
-    def __init__(self, path: str | Path, *, slide_id: str | None = None, mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        slide_id: str | None = None,
+        mpp: float | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         _require_packages()
         path = Path(path)
         self._overview: tuple[np.ndarray, float] | None = None
+        self._tiles: TiffTiles | None = None
+        self._trusted_levels: dict[int, bool] = {}
+        self._plans: dict[float, _Plan] = {}
         slide_id = path.stem if slide_id is None else slide_id
-        _check_regular_file(path, slide_id)
+        check_regular_file(path, slide_id)
         problem = check_tiff_header(path)
         if problem is not None:
             raise SlideError(slide_id, problem.reason, f"{path}: {problem.message}")
@@ -93,6 +116,8 @@ class SlideReader:
         except SlideError:
             self.close()
             raise
+        if self.info.vendor in _PLAIN_FORMATS:
+            self._tiles = TiffTiles(path, self._slide.level_dimensions, cache_bytes=cache_bytes)
 
     def __enter__(self) -> "SlideReader":
         return self
@@ -105,6 +130,8 @@ class SlideReader:
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
         self._slide.close()
+        if self._tiles is not None:
+            self._tiles.close()
 
     def check_resolution(self, tile_mpp: float) -> None:
         """Checks that tiles at `tile_mpp` um/px need no magnification beyond 5%.
@@ -120,16 +147,21 @@ class SlideReader:
                 f"would invent detail; use a finer scan, or a model with tile_mpp of {self.info.mpp:g} or more",
             )
 
-    def read_tile(self, x: int, y: int, *, tile_size_px: int, tile_mpp: float) -> np.ndarray:
+    def read_tile(
+        self, x: int, y: int, *, tile_size_px: int, tile_mpp: float, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads one square tile.
 
         Pixels come from the coarsest level that is fine enough. A level within 2% of `tile_mpp` is used pixel by
-        pixel; from any other the footprint of `tile_size_px * tile_mpp` um is reduced by area averaging.
+        pixel; from any other the footprint of `tile_size_px * tile_mpp` um, in whole pixels of the level, is reduced
+        by area averaging.
 
         Args:
             x (`int`), y (`int`): top-left corner, level-0 pixels; may lie outside of the canvas.
             tile_size_px (`int`): side of the tile, pixels at `tile_mpp`.
             tile_mpp (`float`): resolution of the tile, um/px.
+            out (`np.ndarray` of shape `(tile_size_px, tile_size_px, 3)`, uint8, contiguous, *optional*): receives
+                the pixels.
 
         Returns:
             `np.ndarray` of shape `(tile_size_px, tile_size_px, 3)`, uint8: RGB over the background colour.
@@ -137,8 +169,41 @@ class SlideReader:
         Raises:
             SlideError: if the pixels can not be read, or `mpp_too_coarse`.
         """
-        self.check_resolution(tile_mpp)
-        return self._read_area(x, y, tile_mpp / self.info.mpp, tile_size_px, tile_size_px)
+        if out is None:
+            out = np.empty((tile_size_px, tile_size_px, 3), dtype=np.uint8)
+        self._read_area(x, y, self._plan(tile_mpp), out)
+        return out
+
+    def compressed_tile(self, x: int, y: int, *, tile_size_px: int, tile_mpp: float) -> bytes | None:
+        """Returns the file's own compressed tile if it is exactly the tile that `read_tile` would read.
+
+        Args:
+            x (`int`), y (`int`): top-left corner, level-0 pixels.
+            tile_size_px (`int`): side of the tile, pixels at `tile_mpp`.
+            tile_mpp (`float`): resolution of the tile, um/px.
+
+        Returns:
+            `bytes`, *optional*: a JPEG file with the scanner's own pixels; `None` where tiles of the file do not
+                coincide with the wanted one, are not JPEG, or reach beyond the level.
+        """
+        level, level_downsample, ratio = self._plan(tile_mpp)
+        tiled = self._tiles.levels[level] if self._tiles is not None and ratio == 1 else None
+        if tiled is None or (tiled.tile_width_px, tiled.tile_height_px) != (tile_size_px, tile_size_px):
+            return None
+        level_x, level_y = round(x / level_downsample), round(y / level_downsample)
+        column, row = level_x // tile_size_px, level_y // tile_size_px
+        is_own = (
+            (column * tile_size_px, row * tile_size_px) == (level_x, level_y)
+            and min(level_x, level_y) >= 0
+            and level_x + tile_size_px <= tiled.width_px
+            and level_y + tile_size_px <= tiled.height_px
+        )
+        if not is_own or not self._trusts_tiles(level, level_x, level_y):
+            return None
+        jpeg = self._tiles.jpeg(level, column, row)
+        # A stream that was cut off still decodes, with grey in place of what is missing.
+        is_whole = jpeg is not None and (jpeg.endswith(_END_OF_IMAGE) or jpeg.rstrip(b"\0").endswith(_END_OF_IMAGE))
+        return jpeg if is_whole else None
 
     def read_overview(self, mpp: float) -> tuple[np.ndarray, float]:
         """Reads a small picture of the scanned area.
@@ -159,77 +224,96 @@ class SlideReader:
         x, y, width, height = self.info.bounds
         downsample = min(mpp / self.info.mpp, width, height, _MAX_READ_PX)
         downsample = float(max(downsample, 1, max(width, height) / _MAX_OVERVIEW_PX))
-        level_downsample = self.info.level_downsamples[self._level_for(downsample)]
+        level_downsample = self.info.level_downsamples[self.info.level_for(downsample)]
         if _is_native(downsample, level_downsample):
             # Across a whole slide 2% are many pixels: say the level's own factor.
             downsample = level_downsample
         if self._overview is None or self._overview[1] != downsample:
             out_width, out_height = max(1, round(width / downsample)), max(1, round(height / downsample))
-            overview_rgb = self._read_area(x, y, downsample, out_width, out_height)
+            overview_rgb = np.empty((out_height, out_width, 3), dtype=np.uint8)
+            self._read_area(x, y, self._plan_level(downsample), overview_rgb)
             overview_rgb.flags.writeable = False
             self._overview = overview_rgb, downsample
         return self._overview
 
-    def _read_area(self, x: int, y: int, downsample: float, width: int, height: int) -> np.ndarray:
-        """Reads uint8 `(height, width, 3)` with `downsample` level-0 pixels per pixel, from `(x, y)` on level 0.
+    def _plan(self, tile_mpp: float) -> _Plan:
+        """How tiles at `tile_mpp` um/px are read; worked out once."""
+        if tile_mpp not in self._plans:
+            self.check_resolution(tile_mpp)
+            self._plans[tile_mpp] = self._plan_level(self.info.tile_downsample(tile_mpp))
+        return self._plans[tile_mpp]
+
+    def _plan_level(self, downsample: float) -> _Plan:
+        level = self.info.level_for(downsample)
+        level_downsample = self.info.level_downsamples[level]
+        is_native = _is_native(downsample, level_downsample)
+        return level, level_downsample, 1.0 if is_native else downsample / level_downsample
+
+    def _read_area(self, x: int, y: int, plan: _Plan, out: np.ndarray) -> None:
+        """Reads `out`, uint8 `(h, w, 3)`, from `(x, y)` on level 0.
 
         Large areas are read in blocks, so memory stays bounded for slides without a pyramid.
         """
-        level = self._level_for(downsample)
-        level_downsample = self.info.level_downsamples[level]
-        ratio = downsample / level_downsample
-        if _is_native(downsample, level_downsample):
-            ratio = 1.0
+        level, level_downsample, ratio = plan
+        start_x, start_y = round(x / level_downsample), round(y / level_downsample)
         block = max(1, int(_MAX_READ_PX / ratio))
-        x, y = int(x), int(y)  # the C library does not take numpy's integers
-        area = np.empty((height, width, 3), dtype=np.uint8)
-        for top, bottom in _blocks(height, block):
-            for left, right in _blocks(width, block):
-                level_x, level_y = round(left * ratio), round(top * ratio)
-                size = max(1, round(right * ratio) - level_x), max(1, round(bottom * ratio) - level_y)
-                origin = x + round(level_x * level_downsample), y + round(level_y * level_downsample)
-                pixels = self._read_region(origin, level, size)
-                area[top:bottom, left:right] = _resample(pixels, right - left, bottom - top)
-        return area
+        for top, bottom in _blocks(out.shape[0], block):
+            for left, right in _blocks(out.shape[1], block):
+                left_px, top_px = round(left * ratio), round(top * ratio)
+                width, height = max(1, round(right * ratio) - left_px), max(1, round(bottom * ratio) - top_px)
+                target = out[top:bottom, left:right]
+                if target.shape[:2] == (height, width):
+                    self._read_level(level, start_x + left_px, start_y + top_px, target)
+                else:
+                    pixels = np.empty((height, width, 3), dtype=np.uint8)
+                    self._read_level(level, start_x + left_px, start_y + top_px, pixels)
+                    _resample(pixels, target)
 
-    def _level_for(self, downsample: float) -> int:
-        """The coarsest level that is at least as fine as `downsample`, within the tolerance; else the finest."""
-        fine = [
-            (level_downsample, level)
-            for level, level_downsample in enumerate(self.info.level_downsamples)
-            if level_downsample <= downsample * (1 + _NATIVE_TOLERANCE)
-        ]
-        return max(fine)[1] if fine else 0
+    def _read_level(self, level: int, x: int, y: int, out: np.ndarray) -> None:
+        """Reads `out`, uint8 RGB `(h, w, 3)`, from `(x, y)` in pixels of a level."""
+        if self._trusts_tiles(level, x, y) and self._tiles.read(level, x, y, out, self.info.background_rgb):
+            return
+        self._read_openslide(level, x, y, out)
 
-    def _read_region(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
-        """Reads uint8 RGB `(height, width, 3)` of one level; `origin` is (x, y) on level 0, `size` (width, height)."""
+    def _read_openslide(self, level: int, x: int, y: int, out: np.ndarray) -> None:
+        """Reads `out`, uint8 RGB `(h, w, 3)`, from `(x, y)` in pixels of a level, through OpenSlide."""
+        downsample = self.info.level_downsamples[level]
+        origin = round(x * downsample), round(y * downsample)
         with _openslide_errors(self.info.slide_id, self.info.path):
-            rgba = np.asarray(self._slide.read_region(origin, level, size))
-        return _composite(rgba, self.info.background_rgb)
+            rgba = np.asarray(self._slide.read_region(origin, level, (out.shape[1], out.shape[0])))
+        out[:] = _composite(rgba, self.info.background_rgb)
 
+    def _trusts_tiles(self, level: int, x: int, y: int) -> bool:
+        """Whether the file's own tiles of a level may be used: decided once, at a tile near `(x, y)` of the level."""
+        if self._tiles is None or self._tiles.levels[level] is None:
+            return False
+        if level not in self._trusted_levels:
+            is_same = self._compare_tile(level, x, y)
+            if is_same is None:
+                return False
+            self._trusted_levels[level] = is_same
+        return self._trusted_levels[level]
 
-def slide_fingerprint(path: str | Path) -> str:
-    """Tells whether a slide file has changed, without reading all of it.
-
-    Args:
-        path (`str` or `Path`): the file.
-
-    Returns:
-        `str`: SHA-256, in hexadecimal, of the size in bytes (as decimal text and a line feed), the first MiB and the
-        last MiB.
-
-    Raises:
-        SlideError: `not_a_file` or `unreadable`.
-    """
-    path = Path(path)
-    _check_regular_file(path, path.stem)
-    with path.open("rb") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        digest = hashlib.sha256(f"{size}\n".encode())
-        for start in (0, max(0, size - _FINGERPRINT_BYTES)):
-            handle.seek(start)
-            digest.update(handle.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()
+    def _compare_tile(self, level: int, x: int, y: int) -> bool | None:
+        """Whether a tile of the file is what OpenSlide shows in its place; `None` if the tile cannot be read."""
+        tiled, downsample = self._tiles.levels[level], self.info.level_downsamples[level]
+        left = _whole_start(x, tiled.tile_width_px, tiled.width_px, downsample)
+        top = _whole_start(y, tiled.tile_height_px, tiled.height_px, downsample)
+        size = min(tiled.tile_height_px, tiled.height_px - top), min(tiled.tile_width_px, tiled.width_px - left)
+        own, shown = (np.empty((*size, 3), dtype=np.uint8) for _ in range(2))
+        if not self._tiles.read(level, left, top, own, self.info.background_rgb):
+            return None
+        self._read_openslide(level, left, top, shown)
+        difference = int(cv2.norm(own, shown, cv2.NORM_INF))
+        allowed = _MAX_DIFFERENCE + 255 * sum(_shift_px(start, downsample) for start in (left, top))
+        if difference > allowed:
+            logger.warning(
+                "%s: level %d is read through OpenSlide, which is slower: the file's own tiles differ from it by %d.",
+                self.info.slide_id,
+                level,
+                difference,
+            )
+        return difference <= allowed
 
 
 def _require_packages() -> None:
@@ -237,24 +321,6 @@ def _require_packages() -> None:
         raise ImportError("Reading slides needs OpenSlide: pip install openslide-python openslide-bin")
     if cv2 is None:
         raise ImportError("Reading slides needs OpenCV: pip install opencv-python-headless")
-
-
-def _check_regular_file(path: Path, slide_id: str) -> None:
-    """Refuses what is not a readable file before OpenSlide waits on it (a pipe) or reads it for ever (a device)."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        denied = getattr(error, "errno", None) == errno.EACCES
-        reason = "unreadable" if denied else "not_a_file"
-        raise SlideError(slide_id, reason, f"{str(path)!r}: expected a slide file ({error})") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise SlideError(
-            slide_id, "not_a_file", f"{path}: expected a regular file; for a DICOM series give one of its .dcm files"
-        )
-    if status.st_size == 0:
-        raise SlideError(slide_id, "truncated", f"{path}: the file is empty; copy it again")
-    if not os.access(path, os.R_OK):
-        raise SlideError(slide_id, "unreadable", f"{path}: no permission to read the file")
 
 
 @contextmanager
@@ -288,17 +354,28 @@ def _composite(rgba: np.ndarray, background_rgb: tuple[int, int, int]) -> np.nda
     return ((rgba[..., :3] * weight + under + 127) // 255).astype(np.uint8)
 
 
-def _resample(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Reduces uint8 `(h, w, 3)` by area averaging, or magnifies it (by a few percent) bilinearly."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
+def _resample(pixels: np.ndarray, out: np.ndarray) -> None:
+    """Reduces uint8 `(h, w, 3)` to the size of `out` by area averaging, or magnifies it (by a few percent)."""
+    height, width = out.shape[:2]
     reduces = pixels.shape[0] >= height and pixels.shape[1] >= width
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if reduces else cv2.INTER_LINEAR)
+    out[:] = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if reduces else cv2.INTER_LINEAR)
 
 
 def _is_native(downsample: float, level_downsample: float) -> bool:
     """Whether a level is so close to the wanted resolution that its pixels are used as they are."""
-    return abs(downsample / level_downsample - 1) <= _NATIVE_TOLERANCE
+    return abs(downsample / level_downsample - 1) <= NATIVE_TOLERANCE
+
+
+def _whole_start(position: int, tile_px: int, length_px: int, downsample: float) -> int:
+    """Start of a tile near `position` along one axis of a level that level-0 pixels can name without a shift."""
+    starts = range(0, max(1, length_px - tile_px + 1), tile_px)
+    whole = [start for start in starts if _shift_px(start, downsample) <= _MAX_SHIFT_PX]
+    return min(whole, key=lambda start: abs(start - position))
+
+
+def _shift_px(position: int, downsample: float) -> float:
+    """How far the nearest whole level-0 pixel is from a position of a level, pixels of the level."""
+    return abs(position * downsample - round(position * downsample)) / downsample
 
 
 def _blocks(length: int, block: int) -> list[tuple[int, int]]:

@@ -27,6 +27,8 @@ except ImportError:
 # Neighbouring tiles share compressed blocks of the file, so a thread takes a run of them.
 _MAX_TILES_PER_TASK = 16
 _BATCHES_AHEAD = 2
+# Decoded tiles of the file, for grids that do not coincide with them: enough for a row of a slide 200,000 px wide.
+_CACHE_BYTES = 192 << 20
 _GRID_RGB = (20, 120, 20)
 
 
@@ -48,7 +50,13 @@ def tile_slide(reader: SlideReader, config: TileGridConfig) -> TileGrid:
     reader.check_resolution(config.tile_mpp)
     overview_rgb, downsample = reader.read_overview(config.mask_mpp)
     mask = tissue_mask(overview_rgb, info.mpp * downsample)
-    grid = make_tile_grid(mask, mask_downsample=downsample, bounds=info.bounds, mpp=info.mpp, config=config)
+    grid = make_tile_grid(
+        mask,
+        mask_downsample=downsample,
+        bounds=info.bounds,
+        tile_downsample=info.tile_downsample(config.tile_mpp),
+        config=config,
+    )
     if len(grid) == 0:
         raise SlideError(
             info.slide_id,
@@ -97,7 +105,9 @@ def iter_tile_batches(
     with ExitStack() as stack:
         readers: queue.SimpleQueue[SlideReader] = queue.SimpleQueue()
         for _ in range(num_threads):
-            reader = stack.enter_context(SlideReader(path, slide_id=slide_id, mpp=mpp))
+            reader = stack.enter_context(
+                SlideReader(path, slide_id=slide_id, mpp=mpp, cache_bytes=_CACHE_BYTES // num_threads)
+            )
             _check_same_geometry(reader, grid)
             readers.put(reader)
         executor = ThreadPoolExecutor(num_threads, thread_name_prefix="tile-reader")
@@ -119,7 +129,7 @@ _PendingBatch = tuple[np.ndarray, np.ndarray, list[Future[None]]]
 
 
 def _check_same_geometry(reader: SlideReader, grid: TileGrid) -> None:
-    expected = tile_size_at_level0(grid.tile_size_px, grid.tile_mpp, reader.info.mpp)
+    expected = tile_size_at_level0(grid.tile_size_px, reader.info.tile_downsample(grid.tile_mpp))
     if expected != grid.tile_size_level0_px:
         raise ValueError(
             f"{reader.info.slide_id}: the grid's tiles are {grid.tile_size_level0_px} level-0 pixels wide, but at the "
@@ -142,8 +152,8 @@ def _submit_batch(
         try:
             for tile in run:
                 x, y = grid.tile_xy[tile].tolist()
-                pixels[tile - tiles.start] = reader.read_tile(
-                    x, y, tile_size_px=grid.tile_size_px, tile_mpp=grid.tile_mpp
+                reader.read_tile(
+                    x, y, tile_size_px=grid.tile_size_px, tile_mpp=grid.tile_mpp, out=pixels[tile - tiles.start]
                 )
         finally:
             readers.put(reader)

@@ -79,9 +79,9 @@ class TileGrid:
         return len(self.tile_xy)
 
 
-def tile_size_at_level0(tile_size_px: int, tile_mpp: float, mpp: float) -> int:
-    """Returns the side of a tile in level-0 pixels of a slide with `mpp` um/px."""
-    return max(1, round(tile_size_px * tile_mpp / mpp))
+def tile_size_at_level0(tile_size_px: int, tile_downsample: float) -> int:
+    """Returns the side of a tile in level-0 pixels; `tile_downsample` is level-0 pixels per pixel of the tile."""
+    return max(1, round(tile_size_px * tile_downsample))
 
 
 def make_tile_grid(
@@ -89,20 +89,20 @@ def make_tile_grid(
     *,
     mask_downsample: float,
     bounds: tuple[int, int, int, int],
-    mpp: float,
+    tile_downsample: float,
     config: TileGridConfig,
 ) -> TileGrid:
     """Lays a regular grid over the slide's bounds and keeps the tiles with enough tissue.
 
     Tile (row i, column j) starts at `bounds[0] + round(j * stride)`, `bounds[1] + round(i * stride)` with the exact
-    stride `stride_px * tile_mpp / mpp` in level-0 pixels, so rounding never accumulates. Tiles may reach over the
+    stride `stride_px * tile_downsample` in level-0 pixels, so rounding never accumulates. Tiles may reach over the
     right and lower edges of the bounds; what lies outside counts as background.
 
     Args:
         mask (`np.ndarray` of shape `(h, w)`, bool): True where there is tissue; covers the bounds.
         mask_downsample (`float`): level-0 pixels per mask pixel.
         bounds (`tuple[int, int, int, int]`): x, y, width, height of the scanned area, level-0 pixels.
-        mpp (`float`): resolution of level 0, um/px.
+        tile_downsample (`float`): level-0 pixels per pixel of a tile, from `SlideInfo.tile_downsample`.
         config (`TileGridConfig`): size, resolution and stride of the tiles, and how much tissue they need.
 
     Returns:
@@ -111,9 +111,9 @@ def make_tile_grid(
     Raises:
         ValueError: if the mask is not a 2-D bool array, or a number is not positive.
     """
-    _check_arguments(mask, mask_downsample, bounds, mpp)
-    footprint_px = tile_size_at_level0(config.tile_size_px, config.tile_mpp, mpp)
-    stride_level0_px = config.effective_stride_px * config.tile_mpp / mpp
+    _check_arguments(mask, mask_downsample, bounds, tile_downsample)
+    footprint_px = tile_size_at_level0(config.tile_size_px, tile_downsample)
+    stride_level0_px = config.effective_stride_px * tile_downsample
     columns = _axis_starts(bounds[2], stride_level0_px)
     rows = _axis_starts(bounds[3], stride_level0_px)
     fraction = _tissue_fraction(mask, rows, columns, footprint_px, mask_downsample)
@@ -130,15 +130,17 @@ def make_tile_grid(
     )
 
 
-def _check_arguments(mask: np.ndarray, mask_downsample: float, bounds: tuple[int, int, int, int], mpp: float) -> None:
+def _check_arguments(
+    mask: np.ndarray, mask_downsample: float, bounds: tuple[int, int, int, int], tile_downsample: float
+) -> None:
     if mask.ndim != 2 or mask.dtype != np.bool_ or mask.size == 0:
         raise ValueError(f"mask: expected a non-empty (h, w) bool array, found {mask.shape} {mask.dtype}.")
     if not (math.isfinite(mask_downsample) and mask_downsample > 0):
         raise ValueError(f"mask_downsample: expected a positive number, found {mask_downsample}.")
     if bounds[2] < 1 or bounds[3] < 1:
         raise ValueError(f"bounds: expected a positive width and height (x, y, width, height), found {bounds}.")
-    if not (math.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"mpp: expected a positive number of um/px, found {mpp}.")
+    if not (math.isfinite(tile_downsample) and tile_downsample > 0):
+        raise ValueError(f"tile_downsample: expected a positive number, found {tile_downsample}.")
 
 
 def _axis_starts(length_px: int, stride_px: float) -> np.ndarray:

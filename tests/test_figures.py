@@ -131,7 +131,8 @@ def slide(tmp_path):
 def whole_grid(info):
     mask = np.ones((info.bounds[3] // 8, info.bounds[2] // 8), dtype=bool)
     config = TileGridConfig(tile_size_px=128, tile_mpp=1.0)
-    return make_tile_grid(mask, mask_downsample=8.0, bounds=info.bounds, mpp=info.mpp, config=config)
+    downsample = info.tile_downsample(config.tile_mpp)
+    return make_tile_grid(mask, mask_downsample=8.0, bounds=info.bounds, tile_downsample=downsample, config=config)
 
 
 def test_the_heatmap_is_red_where_values_are_high(tmp_path, slide):
@@ -162,7 +163,7 @@ def test_a_real_slide_is_drawn_as_jpeg(tmp_path):
             np.ones((100, 100), dtype=bool),
             mask_downsample=max(reader.info.bounds[2:]) / 100,
             bounds=reader.info.bounds,
-            mpp=reader.info.mpp,
+            tile_downsample=reader.info.tile_downsample(4.0),
             config=TileGridConfig(tile_mpp=4.0),
         )
     figures.draw_slide_grid(REAL_SLIDE, grid, tmp_path / "grid.jpg")

@@ -44,7 +44,9 @@ def test_agrees_with_a_slow_loop(mpp, mask_mpp, stride_px, minimum):
     config = TileGridConfig(tile_size_px=64, tile_mpp=max(mpp, 0.5), stride_px=stride_px, min_tissue_fraction=minimum)
     mask = np.kron(rng.random((5, 6)) < 0.6, np.ones((4, 5))).astype(bool)
     bounds = (37, 11, round(mask.shape[1] * downsample), round(mask.shape[0] * downsample))
-    grid = make_tile_grid(mask, mask_downsample=downsample, bounds=bounds, mpp=mpp, config=config)
+    grid = make_tile_grid(
+        mask, mask_downsample=downsample, bounds=bounds, tile_downsample=config.tile_mpp / mpp, config=config
+    )
     expected = slow_grid(mask, downsample, bounds, mpp, config)
     assert len(expected) >= 3
     np.testing.assert_array_equal(grid.tile_xy, [tile[:2] for tile in expected])
@@ -54,7 +56,7 @@ def test_agrees_with_a_slow_loop(mpp, mask_mpp, stride_px, minimum):
 def test_types_order_and_metadata():
     config = TileGridConfig(tile_size_px=64, tile_mpp=0.5, stride_px=32)
     mask = np.ones((20, 30), dtype=bool)
-    grid = make_tile_grid(mask, mask_downsample=16.0, bounds=(0, 0, 480, 320), mpp=0.25, config=config)
+    grid = make_tile_grid(mask, mask_downsample=16.0, bounds=(0, 0, 480, 320), tile_downsample=2.0, config=config)
     assert grid.tile_xy.dtype == np.int32
     assert grid.tissue_fraction.dtype == np.float32
     assert (grid.tile_size_px, grid.tile_mpp, grid.stride_px, grid.tile_size_level0_px) == (64, 0.5, 32, 128)
@@ -70,7 +72,7 @@ def test_rounding_does_not_accumulate():
         mask,
         mask_downsample=32.0,
         bounds=(0, 0, 224_000, 128),
-        mpp=0.2527,
+        tile_downsample=0.5 / 0.2527,
         config=TileGridConfig(min_tissue_fraction=0.0),
     )
     expected = [round(i * 256 * 0.5 / 0.2527) for i in range(len(grid))]
@@ -81,7 +83,7 @@ def test_rounding_does_not_accumulate():
 def test_all_tissue_keeps_all_inner_tiles_and_none_keeps_none():
     config = TileGridConfig(min_tissue_fraction=1.0)
     mask = np.ones((64, 64), dtype=bool)
-    arguments = {"mask_downsample": 16.0, "bounds": (0, 0, 1024, 1024), "mpp": 0.5, "config": config}
+    arguments = {"mask_downsample": 16.0, "bounds": (0, 0, 1024, 1024), "tile_downsample": 1.0, "config": config}
     assert len(make_tile_grid(mask, **arguments)) == 16
     assert make_tile_grid(~mask, **arguments).tile_xy.shape == (0, 2)
 
@@ -90,13 +92,13 @@ def test_empty_tiles_are_dropped_even_without_a_minimum():
     mask = np.zeros((64, 64), dtype=bool)
     mask[0, 0] = True
     config = TileGridConfig(min_tissue_fraction=0.0)
-    grid = make_tile_grid(mask, mask_downsample=16.0, bounds=(5, 6, 1024, 1024), mpp=0.5, config=config)
+    grid = make_tile_grid(mask, mask_downsample=16.0, bounds=(5, 6, 1024, 1024), tile_downsample=1.0, config=config)
     assert grid.tile_xy.tolist() == [[5, 6]]
 
 
 def test_slide_smaller_than_a_tile_counts_outside_as_background():
     mask = np.ones((8, 8), dtype=bool)
-    arguments = {"mask_downsample": 16.0, "bounds": (0, 0, 128, 128), "mpp": 0.5}
+    arguments = {"mask_downsample": 16.0, "bounds": (0, 0, 128, 128), "tile_downsample": 1.0}
     assert len(make_tile_grid(mask, config=TileGridConfig(min_tissue_fraction=0.26), **arguments)) == 0
     grid = make_tile_grid(mask, config=TileGridConfig(min_tissue_fraction=0.25), **arguments)
     assert grid.tissue_fraction.tolist() == [0.25]
@@ -124,10 +126,15 @@ def test_config_names_the_wrong_field(field, value):
         ("mask", np.ones((4, 4), dtype=np.uint8)),
         ("mask_downsample", float("inf")),
         ("bounds", (0, 0, 0, 10)),
-        ("mpp", 0.0),
+        ("tile_downsample", 0.0),
     ],
 )
 def test_wrong_arguments_are_named(field, value):
-    arguments = {"mask": np.ones((4, 4), dtype=bool), "mask_downsample": 16.0, "bounds": (0, 0, 64, 64), "mpp": 0.5}
+    arguments = {
+        "mask": np.ones((4, 4), dtype=bool),
+        "mask_downsample": 16.0,
+        "bounds": (0, 0, 64, 64),
+        "tile_downsample": 1.0,
+    }
     with pytest.raises(ValueError, match=field):
         make_tile_grid(**{**arguments, field: value}, config=TileGridConfig())

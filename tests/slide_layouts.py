@@ -116,7 +116,7 @@ LAYOUTS = {
     "generic_jpeg": _GENERIC,
     "generic_jpeg_bigtiff": replace(_GENERIC, bigtiff=True, tile=(512, 512)),
     "generic_missing_tiles": replace(_GENERIC, missing=((0, 7), (1, 1))),
-    "generic_decoy": replace(_GENERIC, extra="decoy", tile=(64, 64)),
+    "generic_decoy": replace(_GENERIC, extra="decoy", tile=(32, 32)),
     "philips": replace(_GENERIC, vendor="philips", tile=(512, 512), downsamples=(2, 4)),
     "leica": replace(_GENERIC, vendor="leica", bigtiff=True),
     "ome": Layout(vendor="ome", downsamples=(2, 4), shared_tables=False, marker="jfif"),
@@ -143,7 +143,7 @@ def write_slide(path, layout, *, mpp=0.5, width_px=WIDTH_PX, height_px=HEIGHT_PX
             if level and layout.vendor == "philips":
                 shown = _pad(shown, layout.tile)
             if level == 1 and layout.extra == "decoy":
-                _write_level(writer, layout, shown[..., ::-1], level, subfiletype=0)
+                _write_level(writer, layout, np.ascontiguousarray(shown[..., [1, 2, 0]]), level, subfiletype=0)
             if level == 1 and layout.extra == "associated":
                 _write_associated(writer, pixels, sizes[-1])
             options = {"description": descriptions[level]} if descriptions[level] else {}

@@ -382,7 +382,7 @@ def test_a_decoy_is_not_taken_for_a_level_even_where_both_are_glass(slides):
     difference = np.abs(decoy - level).max(axis=2)
     assert difference.max() > 60
     same = [
-        (x, y) for y in range(0, 252, 64) for x in range(0, 309, 64) if difference[y : y + 64, x : x + 64].max() < 2
+        (x, y) for y in range(0, 252, 32) for x in range(0, 309, 32) if difference[y : y + 32, x : x + 32].max() < 2
     ]
     assert len(same) > 2
     for x, y in same:

@@ -38,6 +38,11 @@ MAX_DIFFERENCE = 2  # of 255, between two builds of libjpeg
 MAX_ROUNDING = 0.51  # of an average that is rounded to a whole number
 MAX_REGION_PX = 4096
 LAYOUTS_THAT_OPEN = sorted(name for name, layout in LAYOUTS.items() if layout.opens and layout.cut is None)
+# One of each way through the reader; the others take longer and run with the slow tests.
+FIRST = {
+    *("jpeg_256", "jpeg_240", "jpeg_rgb_numbered", "jpeg_odd_ratios", "jpeg_one_tile_missing", "generic_decoy"),
+    *("deflate", "leica", "CMU-1-Small-Region.svs", "erosion_HE_5x.scn"),
+}
 # Read by whole pixels of the level at any position; the others as OpenSlide interpolates.
 PLAIN = {name for name, layout in LAYOUTS.items() if layout.is_jpeg}
 # Where tiles are missing or hard to find, a reader may do one or the other.
@@ -57,6 +62,13 @@ def real_slides():
 
 
 REAL_SLIDES = real_slides()
+
+
+def slow_but_first(cases):
+    """Parameters with names as their ids; those that are not among `FIRST` are marked slow."""
+    names = [getattr(case, "name", case) for case in cases]
+    marks = [() if name in FIRST else pytest.mark.slow for name in names]
+    return [pytest.param(case, id=name, marks=mark) for case, name, mark in zip(cases, names, marks, strict=True)]
 
 
 class Reference:
@@ -222,7 +234,7 @@ def check_native(path, name, worst, *, mpp, whole_pixels, count=4):
                     assert difference <= MAX_DIFFERENCE, f"level {level}, {size} px tile at ({x}, {y})"
 
 
-@pytest.mark.parametrize("name", LAYOUTS_THAT_OPEN)
+@pytest.mark.parametrize("name", slow_but_first(LAYOUTS_THAT_OPEN))
 def test_tiles_of_a_level_are_openslides_pixels(slides, worst, name):
     whole = None if name in EITHER else name in PLAIN
     check_native(slides(name), name, worst, mpp=0.5, whole_pixels=whole)
@@ -241,7 +253,7 @@ def check_resampled(path, name, worst, *, mpp, tile_mpps, whole_pixels, size=113
                 assert difference <= MAX_DIFFERENCE + MAX_ROUNDING, f"{tile_mpp} um/px at ({x}, {y})"
 
 
-@pytest.mark.parametrize("name", LAYOUTS_THAT_OPEN)
+@pytest.mark.parametrize("name", slow_but_first(LAYOUTS_THAT_OPEN))
 def test_resampled_tiles_are_area_averages_of_openslides_pixels(slides, worst, name):
     whole = None if name in EITHER else name in PLAIN
     check_resampled(slides(name), name, worst, mpp=0.5, tile_mpps=RESAMPLED, whole_pixels=whole)
@@ -308,7 +320,7 @@ def check_copied(reader, reference, level, tile, places, worst, name):
     return copied
 
 
-@pytest.mark.parametrize("name", LAYOUTS_THAT_OPEN)
+@pytest.mark.parametrize("name", slow_but_first(LAYOUTS_THAT_OPEN))
 def test_copied_tiles_are_what_openslide_shows_there(slides, worst, name):
     # OpenSlide takes a tile of an Aperio slide for missing too where the level above lacks a part of it.
     layout, reference = LAYOUTS[name], Reference(slides(name), 0.5)
@@ -408,14 +420,14 @@ def open_mpp(path):
         return 1.0 if error.reason.startswith("mpp") else pytest.skip(f"refused: {error.reason}")
 
 
-@pytest.mark.parametrize("path", REAL_SLIDES, ids=[path.name for path in REAL_SLIDES])
+@pytest.mark.parametrize("path", slow_but_first(REAL_SLIDES))
 def test_real_slides_read_as_openslide_shows_them(path, worst):
     mpp, is_plain = open_mpp(path), None
     check_native(path, path.name, worst, mpp=mpp, whole_pixels=is_plain, count=4)
     check_resampled(path, path.name, worst, mpp=mpp, tile_mpps=(mpp * 1.37, mpp * 2), whole_pixels=is_plain)
 
 
-@pytest.mark.parametrize("path", REAL_SLIDES, ids=[path.name for path in REAL_SLIDES])
+@pytest.mark.parametrize("path", slow_but_first(REAL_SLIDES))
 def test_copied_tiles_of_real_slides_are_what_openslide_shows_there(path, worst):
     reference = Reference(path, open_mpp(path))
     with SlideReader(path, mpp=reference.mpp) as reader:

@@ -21,10 +21,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -184,19 +186,27 @@ def open_ways(case: Case, stack: ExitStack) -> Iterator[tuple[str, Way]]:
         references = [("openslide_area", reduce_area), ("openslide_bicubic", reduce_bicubic)]
     for name, reduce in references:
         slide = stack.enter_context(openslide.OpenSlide(case.path))
-        yield name, lambda tile_xy, slide=slide, reduce=reduce: [read_plain(slide, xy, case, reduce) for xy in tile_xy]
+        yield (
+            name,
+            lambda tile_xy, slide=slide, reduce=reduce: drain(read_plain(slide, xy, case, reduce) for xy in tile_xy),
+        )
     reader = stack.enter_context(SlideReader(case.path, mpp=case.mpp))
-    yield "reader", lambda tile_xy: [reader.read_tile(x, y, **asked) for x, y in tile_xy.tolist()]
+    yield "reader", lambda tile_xy: drain(reader.read_tile(x, y, **asked) for x, y in tile_xy.tolist())
     yield (
         "batches",
-        lambda tile_xy: list(
+        lambda tile_xy: drain(
             iter_tile_batches(case.path, case.grid(tile_xy), batch_size=32, mpp=case.mpp, num_threads=1)
         ),
     )
     copier = stack.enter_context(SlideReader(case.path, mpp=case.mpp))
     if any(copier.compressed_tile(x, y, **asked) is not None for x, y in case.tile_xy[:32].tolist()):
-        yield "copied", lambda tile_xy: [copier.compressed_tile(x, y, **asked) for x, y in tile_xy.tolist()]
+        yield "copied", lambda tile_xy: drain(copier.compressed_tile(x, y, **asked) for x, y in tile_xy.tolist())
         yield "decoder", Decoder(copier, case)
+
+
+def drain(tiles: Iterable[Any]) -> None:
+    """Takes tiles one after the other and keeps none, as training and embedding do."""
+    deque(tiles, maxlen=0)
 
 
 class Decoder:
@@ -207,10 +217,10 @@ class Decoder:
         streams = [(xy, reader.compressed_tile(*xy, **asked)) for xy in map(tuple, case.tile_xy.tolist())]
         self.streams = {xy: np.frombuffer(jpeg, np.uint8) for xy, jpeg in streams if jpeg is not None}
 
-    def __call__(self, tile_xy: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, tile_xy: np.ndarray) -> None:
         """Decodes the tiles that can be copied."""
         streams = [self.streams.get(xy) for xy in map(tuple, tile_xy.tolist())]
-        return [cv2.imdecode(stream, cv2.IMREAD_COLOR) for stream in streams if stream is not None]
+        drain(cv2.imdecode(stream, cv2.IMREAD_COLOR) for stream in streams if stream is not None)
 
 
 def read_plain(

@@ -264,18 +264,22 @@ class SlideReader:
                 left_px, top_px = round(left * ratio), round(top * ratio)
                 width, height = max(1, round(right * ratio) - left_px), max(1, round(bottom * ratio) - top_px)
                 target = out[top:bottom, left:right]
-                if target.shape[:2] == (height, width):
-                    self._read_level(level, start_x + left_px, start_y + top_px, target)
-                else:
-                    pixels = np.empty((height, width, 3), dtype=np.uint8)
-                    self._read_level(level, start_x + left_px, start_y + top_px, pixels)
+                x_px, y_px, factor = start_x + left_px, start_y + top_px, int(ratio)
+                if (height, width) == (factor * target.shape[0], factor * target.shape[1]) and self._read_tiles(
+                    level, x_px, y_px, target, factor
+                ):
+                    continue
+                pixels = target if target.shape[:2] == (height, width) else np.empty((height, width, 3), np.uint8)
+                if not self._read_tiles(level, x_px, y_px, pixels):
+                    self._read_openslide(level, x_px, y_px, pixels)
+                if pixels is not target:
                     _resample(pixels, target)
 
-    def _read_level(self, level: int, x: int, y: int, out: np.ndarray) -> None:
-        """Reads `out`, uint8 RGB `(h, w, 3)`, from `(x, y)` in pixels of a level."""
-        if self._trusts_tiles(level, x, y) and self._tiles.read(level, x, y, out, self.info.background_rgb):
-            return
-        self._read_openslide(level, x, y, out)
+    def _read_tiles(self, level: int, x: int, y: int, out: np.ndarray, factor: int = 1) -> bool:
+        """Reads `out`, uint8 RGB `(h, w, 3)`, from `(x, y)` of a level through the file's own tiles, if they serve."""
+        return self._trusts_tiles(level, x, y) and self._tiles.read(
+            level, x, y, out, self.info.background_rgb, factor=factor
+        )
 
     def _read_openslide(self, level: int, x: int, y: int, out: np.ndarray) -> None:
         """Reads `out`, uint8 RGB `(h, w, 3)`, from `(x, y)` in pixels of a level, through OpenSlide."""

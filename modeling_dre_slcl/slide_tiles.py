@@ -4,6 +4,7 @@
 Shape legend: N tiles of the slide, n tiles of a batch, H = W = `tile_size_px`.
 """
 
+import itertools
 import math
 import queue
 from collections import deque
@@ -80,8 +81,8 @@ def iter_tile_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Reads the pixels of all tiles of a grid, batch by batch and in order, with several threads.
 
-    At most three batches are in memory at a time, however many tiles the slide has. Each thread reads through its
-    own `SlideReader`.
+    Three batches are in memory, however many tiles the slide has, and their memory is used again: the pixels of a
+    batch are valid until the next one is asked for. Each thread reads through its own `SlideReader`.
 
     Args:
         path (`str` or `Path`): the slide.
@@ -115,9 +116,13 @@ def iter_tile_batches(
         stack.callback(executor.shutdown, wait=True, cancel_futures=True)
         bar = stack.enter_context(tqdm(total=len(grid), unit="tile", disable=not progress))
         pending: deque[_PendingBatch] = deque()
+        shape = (min(batch_size, len(grid)), grid.tile_size_px, grid.tile_size_px, 3)
+        # Memory that is new to the process costs about as much time as filling it twice.
+        buffers = itertools.cycle([np.empty(shape, dtype=np.uint8) for _ in range(_BATCHES_AHEAD + 1)])
         for start in range(0, len(grid), batch_size):
             tiles = range(start, min(start + batch_size, len(grid)))
-            pending.append(_submit_batch(executor, readers, grid, tiles, num_threads))
+            pixels = next(buffers)[: len(tiles)]
+            pending.append(_submit_batch(executor, readers, grid, tiles, pixels, num_threads))
             if len(pending) == _BATCHES_AHEAD:
                 yield _finish_batch(pending.popleft(), bar)
         while pending:
@@ -142,10 +147,10 @@ def _submit_batch(
     readers: "queue.SimpleQueue[SlideReader]",
     grid: TileGrid,
     tiles: range,
+    pixels: np.ndarray,
     num_threads: int,
 ) -> _PendingBatch:
-    """Starts reading the tiles, in runs of neighbouring ones."""
-    pixels = np.empty((len(tiles), grid.tile_size_px, grid.tile_size_px, 3), dtype=np.uint8)
+    """Starts reading the tiles into `pixels`, in runs of neighbouring ones."""
 
     def read_run(run: range) -> None:
         reader = readers.get()

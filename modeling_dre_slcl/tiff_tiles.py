@@ -21,6 +21,10 @@ import numpy as np
 from .jpeg_stream import complete_header
 
 try:
+    import cv2
+except ImportError:
+    cv2 = None
+try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
@@ -95,6 +99,7 @@ class TiffTiles:
         self._headers: dict[int, tuple[bytes, bytes]] = {}
         self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._cached_bytes, self._cache_bytes = 0, cache_bytes
+        self._scratch = np.empty((0, 0, 3), dtype=np.uint8)
 
     def spread_missing_tiles(self) -> None:
         """Takes a tile for missing where the next finer level lacks a part of it, as OpenSlide does for Aperio slides.
@@ -151,53 +156,87 @@ class TiffTiles:
             self._headers[level] = stored, completed
         return stream if stored == completed else completed + stream[len(stored) :]
 
-    def read(self, level: int, x: int, y: int, out: np.ndarray, background_rgb: tuple[int, int, int]) -> bool:
-        """Reads pixels of one level.
+    def read(
+        self,
+        level: int,
+        x: int,
+        y: int,
+        out: np.ndarray,
+        background_rgb: tuple[int, int, int],
+        *,
+        factor: int = 1,
+    ) -> bool:
+        """Reads pixels of one level, or averages of `factor` x `factor` of them.
 
         Args:
             level (`int`): place in `levels`.
             x (`int`), y (`int`): top-left corner, pixels of the level; may lie outside of it.
             out (`np.ndarray` of shape `(h, w, 3)`, uint8, contiguous): receives the pixels, RGB.
             background_rgb (`tuple[int, int, int]`): colour outside of the level.
+            factor (`int`, *optional*, defaults to 1): pixels of the level per pixel of `out` along each axis. Each
+                tile is reduced as soon as it is decoded, which larger areas cannot be.
 
         Returns:
-            `bool`: whether all tiles that it needs could be read; if not, the content of `out` is undefined.
+            `bool`: whether all tiles that it needs could be read, and no average lies across the edge of a tile; if
+                not, the content of `out` is undefined.
         """
         tiled = self.levels[level]
         if tiled is None:
             return False
-        height, width = out.shape[:2]
+        height, width = (factor * side for side in out.shape[:2])
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, tiled.width_px), min(y + height, tiled.height_px)
         if (right - left, bottom - top) != (width, height):
+            if factor > 1:
+                return False
             out[:] = background_rgb
             if right <= left or bottom <= top:
                 return True
         tile_width, tile_height = tiled.tile_width_px, tiled.tile_height_px
-        if (width, height) == (tile_width, tile_height) and x == left and y == top:
-            column, row = x // tile_width, y // tile_height
-            if (column * tile_width, row * tile_height) == (x, y) and (x + width, y + height) == (right, bottom):
-                return self._decode(level, column, row, out) is not None
         for row in range(top // tile_height, -(-bottom // tile_height)):
+            y0, y1 = max(top, row * tile_height), min(bottom, (row + 1) * tile_height)
             for column in range(left // tile_width, -(-right // tile_width)):
-                tile = self._cached_tile(level, column, row)
-                if tile is None:
+                x0, x1 = max(left, column * tile_width), min(right, (column + 1) * tile_width)
+                target = out[(y0 - y) // factor : (y1 - y) // factor, (x0 - x) // factor : (x1 - x) // factor]
+                if (factor * target.shape[0], factor * target.shape[1]) != (y1 - y0, x1 - x0):
                     return False
-                tile_x, tile_y = column * tile_width, row * tile_height
-                x0, x1 = max(left, tile_x), min(right, tile_x + tile_width)
-                y0, y1 = max(top, tile_y), min(bottom, tile_y + tile_height)
-                part = tile[y0 - tile_y : y1 - tile_y, x0 - tile_x : x1 - tile_x]
-                out[y0 - y : y1 - y, x0 - x : x1 - x] = part
+                corner = x0 - column * tile_width, y0 - row * tile_height
+                if not self._read_part(level, column, row, corner, target, factor):
+                    return False
         return True
 
-    def _cached_tile(self, level: int, column: int, row: int) -> np.ndarray | None:
-        """A tile's pixels, uint8 RGB, from the cache of those used last."""
+    def _read_part(
+        self, level: int, column: int, row: int, corner: tuple[int, int], target: np.ndarray, factor: int
+    ) -> bool:
+        """Fills `target` from a tile, starting at `corner` (x, y) of the tile."""
+        tiled = self.levels[level]
+        height, width = (factor * side for side in target.shape[:2])
+        is_whole = (height, width) == (tiled.tile_height_px, tiled.tile_width_px)
+        if is_whole and factor == 1 and target.flags.c_contiguous:
+            return self._decode(level, column, row, target) is not None
+        tile = self._tile(level, column, row, keeps=not is_whole)
+        if tile is None:
+            return False
+        part = tile[corner[1] : corner[1] + height, corner[0] : corner[0] + width]
+        if factor == 1:
+            target[:] = part
+        else:
+            cv2.resize(part, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
+        return True
+
+    def _tile(self, level: int, column: int, row: int, *, keeps: bool) -> np.ndarray | None:
+        """A tile's pixels, uint8 RGB, valid until the next call; kept if another area will want the rest of it."""
         key = (level, column, row)
         tile = self._cache.get(key)
         if tile is not None:
             self._cache.move_to_end(key)
             return tile
-        tile = self._decode(level, column, row, self._make_room(self.levels[level]))
+        tiled = self.levels[level]
+        if not keeps:
+            if self._scratch.shape != (tiled.tile_height_px, tiled.tile_width_px, 3):
+                self._scratch = np.empty((tiled.tile_height_px, tiled.tile_width_px, 3), dtype=np.uint8)
+            return self._decode(level, column, row, self._scratch)
+        tile = self._decode(level, column, row, self._make_room(tiled))
         if tile is not None:
             self._cache[key] = tile
             self._cached_bytes += tile.nbytes
@@ -232,7 +271,7 @@ class TiffTiles:
 def _find_levels(path: Path, level_sizes: Sequence[tuple[int, int]]) -> list[TiledLevel | None]:
     """Looks for each level among the images of a TIFF file."""
     nothing: list[TiledLevel | None] = [None] * len(level_sizes)
-    if tifffile is None or simplejpeg is None:
+    if None in (cv2, tifffile, simplejpeg):
         return nothing
     try:
         with tifffile.TiffFile(path) as file:

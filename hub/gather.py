@@ -5,7 +5,6 @@ No network here, and nothing in the given folders is changed or executed.
 """
 
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import modeling_dre_slcl
 from modeling_dre_slcl.atomic_files import read_json
 
-from .check_export import Finding, check_text, relative_imports
+from .check_export import relative_imports
 from .model_card import build_model_card
 
 logger = logging.getLogger(__name__)
@@ -23,8 +22,15 @@ _MODEL_PATTERNS = (
     *("config.json", "model*.safetensors", "model*.safetensors.index.json", "*processor_config.json"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
-_DATASET_PATTERNS = ("README.md", "dre_slcl_dataset.json", "slides/*.parquet", "tiles/*.parquet")
-_PREVIEW_PATTERN = "previews/*.jpg"
+_CARD, _INFO, _CONTACT_SHEET = "README.md", "dre_slcl_dataset.json", "previews/contact_sheet.jpg"
+_PLACE = "path/or/repository"  # what a dataset's card writes where its place belongs
+# What a build leaves in its folder, or a download, and what is not for publishing.
+_STAYS_BEHIND = frozenset(
+    [
+        *(".parts", "refused.jsonl", "summary.json", "summary.md", "previews", "thumbnails"),
+        *(".gitattributes", ".cache"),
+    ]
+)
 
 
 class PublishError(ValueError):
@@ -127,60 +133,67 @@ def _with_imports(folder: Path, modules: set[str]) -> list[Path]:
     return sorted(folder / f"{module}.py" for module in found)
 
 
-def gather_dataset(dataset_dir: str | Path, out_dir: str | Path, *, include_previews: bool = False) -> list[Path]:
-    """Links what the Hub needs of a slide dataset into `out_dir`: data shards, card and geometry.
+def gather_dataset(
+    dataset_dir: str | Path, out_dir: str | Path, *, repo_id: str | None = None, include_previews: bool = False
+) -> list[Path]:
+    """Gathers what the Hub needs of a slide dataset in `out_dir`: data shards, card, geometry and the card's picture.
 
-    Working files (`.parts`), refusals and summaries stay behind: they hold paths of this machine.
+    Working files (`.parts`), refusals and summaries stay behind: they may hold paths of this machine.
 
     Args:
         dataset_dir (`str` or `Path`): folder written by `dre-slcl tiles`.
-        out_dir (`str` or `Path`): an empty or absent folder, which receives symbolic links.
+        out_dir (`str` or `Path`): an empty or absent folder, which receives the card and links to all other files.
+        repo_id (`str`, *optional*): `namespace/name`; stands in the card's examples then.
         include_previews (`bool`, defaults to `False`): also the pictures of the tile grids.
 
     Returns:
-        `list[Path]`: the links.
+        `list[Path]`: what lies in `out_dir` now.
 
     Raises:
-        PublishError: if the dataset is unfinished or damaged.
+        PublishError: if the dataset is unfinished or damaged, or the folder holds something that no build has written.
     """
     source, out_dir = Path(dataset_dir).resolve(), Path(out_dir)
-    if not (source / "dre_slcl_dataset.json").is_file():
-        raise PublishError(
-            f"{dataset_dir}: no dre_slcl_dataset.json, so no finished slide dataset; run `dre-slcl tiles`"
-        )
-    for name, size in read_json(source / "dre_slcl_dataset.json").get("files", {}).items():
+    files = _finished_files(source)
+    _refuse_strangers(source, files)
+    card = (source / _CARD).read_text(encoding="utf-8") if (source / _CARD).is_file() else None
+    wanted = [_INFO, *files, *([_CONTACT_SHEET] if card and _CONTACT_SHEET in card else [])]
+    if include_previews:
+        wanted += [f"previews/{path.name}" for path in source.glob("previews/*.jpg")]
+    gathered = []
+    for name in sorted({name for name in wanted if (source / name).is_file()}):
+        link = out_dir / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(source / name)
+        gathered.append(link)
+    if card is not None:
+        (out_dir / _CARD).write_text(card.replace(_PLACE, repo_id or _PLACE), encoding="utf-8")
+        gathered.append(out_dir / _CARD)
+    return gathered
+
+
+def _finished_files(source: Path) -> list[str]:
+    """Returns the data files of a finished dataset, all of which are there in full."""
+    if not (source / _INFO).is_file():
+        raise PublishError(f"{source}: no {_INFO}, so no finished slide dataset; run `dre-slcl tiles`")
+    info = read_json(source / _INFO)
+    files = info.get("files", {}) if isinstance(info, dict) else {}
+    if not any(name.startswith("slides/") for name in files):
+        raise PublishError(f"{source / _INFO}: names no `slides` table; run `dre-slcl tiles` again")
+    if info.get("share"):
+        raise PublishError(f"{source}: is one machine's share of a dataset; join the shares, and publish the whole")
+    for name, size in files.items():
         found = (source / name).stat().st_size if (source / name).is_file() else None
         if found != size:
             raise PublishError(f"{source / name}: expected {size} bytes, found {found}; run `dre-slcl tiles` again")
-    patterns = (*_DATASET_PATTERNS, *((_PREVIEW_PATTERN,) if include_previews else ()))
-    links = []
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
-        link = out_dir / path.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
-        links.append(link)
-    return links
+    return list(files)
 
 
-def check_dataset(folder: str | Path) -> list[Finding]:
-    """Checks a gathered dataset: a card, no local paths in its text, in `path` and in `reason` of `slides`."""
-    import pyarrow.parquet as pq
-
-    folder = Path(folder)
-    needed = ("README.md", "slides/*.parquet")
-    findings = [
-        Finding(name, "is missing; run `dre-slcl tiles` again") for name in needed if not list(folder.glob(name))
-    ]
-    for path in sorted(path for suffix in ("*.md", "*.json") for path in folder.glob(suffix)):
-        findings += check_text(path, path.name, path.read_text(encoding="utf-8"))
-    for path in sorted(folder.glob("slides/*.parquet")):
-        columns = [name for name in ("path", "reason") if name in pq.read_schema(path).names]
-        for name, values in pq.read_table(path, columns=columns).to_pydict().items():
-            local = [value for value in values if value and re.search(r"(?:^|\s)(?:/|~/|[A-Za-z]:[\\/]|\\\\)", value)]
-            if local:
-                message = (
-                    f"column `{name}` holds {len(local)} paths of this machine; build the dataset again with "
-                    "the slides below --slides-root, so that paths are relative to it"
-                )
-                findings.append(Finding(f"slides/{path.name}", message))
-    return findings
+def _refuse_strangers(source: Path, files: Sequence[str]) -> None:
+    """Refuses what is not from a build: nobody has checked it, and a stranger's file may be about patients."""
+    found = {path.name for path in source.iterdir()} - _STAYS_BEHIND - {_CARD, _INFO, "slides", "tiles"}
+    for folder in ("slides", "tiles"):
+        found |= {f"{folder}/{path.name}" for path in source.glob(f"{folder}/*")} - set(files)
+    if found:
+        raise PublishError(
+            f"{source}: holds {', '.join(sorted(found))}, which no build has written; move it out of the dataset"
+        )

@@ -24,13 +24,17 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from modeling_dre_slcl.atomic_files import read_json
 
+from .check_dataset import check_dataset
 from .check_export import Finding, check_export
-from .gather import PublishError, check_dataset, gather_dataset, gather_model
+from .gather import PublishError, gather_dataset, gather_model
 
 logger = logging.getLogger(__name__)
 
 # Files of an earlier upload that would be taken for part of this one: code, weight shards, data shards.
-_STALE_PATTERNS = {"model": ["*.py", "*.safetensors", "*.index.json"], "dataset": ["slides/*", "tiles/*"]}
+_STALE_PATTERNS = {
+    "model": ["*.py", "*.safetensors", "*.index.json"],
+    "dataset": ["slides/*", "tiles/*", "previews/*"],
+}
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -197,11 +201,45 @@ def publish_dataset(
     """
     with tempfile.TemporaryDirectory(prefix="dre-slcl-publish-") as temporary:
         folder = Path(temporary)
-        gather_dataset(dataset_dir, folder, include_previews=include_previews)
+        gather_dataset(dataset_dir, folder, repo_id=destination.repo_id, include_previews=include_previews)
         _report(folder, check_dataset(folder), f"dataset {destination.repo_id}")
         if not destination.private:
             logger.warning("%s will be public, with its reports and case ids.", destination.repo_id)
         return None if dry_run else upload(folder, destination, repo_type="dataset", message="Upload slide dataset")
+
+
+def push_dataset_to_hub(
+    dataset_dir: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    include_previews: bool = False,
+) -> Published:
+    """Checks a slide dataset and publishes it with both configurations, `slides` and `tiles`.
+
+    Args:
+        dataset_dir (`str` or `Path`): folder written by `dre-slcl tiles`.
+        repo_id (`str`): `namespace/name`; created if absent.
+        private, revision, create_pr: see `Destination`.
+        include_previews (`bool`, defaults to `False`): also the pictures of the tile grids.
+
+    Returns:
+        `Published`: with the commit hash to pin.
+
+    Raises:
+        PublishError: if the dataset must not go out (every finding is named), or the Hub does not take it.
+
+    Example:
+
+    ```python
+    published = push_dataset_to_hub("dataset", "namespace/name", private=True)
+    tiles = load_dataset("namespace/name", "tiles", revision=published.commit)
+    ```
+    """
+    destination = Destination(repo_id, private=private, revision=revision, create_pr=create_pr)
+    return publish_dataset(dataset_dir, destination, include_previews=include_previews)
 
 
 def _report(folder: Path, findings: Sequence[Finding], what: str) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 _ROWS_AT_ONCE = 256
 
 

@@ -20,6 +20,7 @@ from dre_slcl.training import tiles_command as module
 from dre_slcl.training.dataset_info import read_dataset_geometry
 from dre_slcl.training.dataset_tables import TILE_SCHEMA
 from dre_slcl.training.dataset_writer import plan_shards
+from dre_slcl.training.manifest import read_manifest
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.slide_tiles import tile_slide
 from modeling_dre_slcl.tile_grid import TileGridConfig
@@ -171,22 +172,6 @@ def test_streaming_gives_the_same_rows(built, loaded):
             assert [row[key] for row in rows] == list(loaded[name][split][key])
 
 
-def test_card(built):
-    out, _ = built
-    text = (out / "README.md").read_text()
-    header = yaml.safe_load(text.split("---")[1])
-    assert header["license"] == "unknown"
-    assert header["stain"] == "unknown"
-    assert (header["tile_size_px"], header["tile_mpp"]) == (64, 1.0)
-    assert [(config["config_name"], config.get("default")) for config in header["configs"]] == [
-        ("tiles", True),
-        ("slides", None),
-    ]
-    assert "| train | 2 | 3 | 1 | 2 |" in text
-    assert "| grade | int64 | 3 | 2 (2), 3 (2) |" in text
-    assert "| gone | test | not_a_file |" in text
-
-
 def test_geometry_for_training(built, tmp_path):
     assert read_dataset_geometry(built[0]) == {"tile_size_px": 64, "tile_mpp": 1.0, "stride_px": 64}
     with pytest.raises(ValueError, match="not a finished slide dataset"):
@@ -320,7 +305,7 @@ def test_real_slides_among_broken_ones(tmp_path):
     names += ["broken/highdicom_sm_image_jpegls.dcm"]
     table = pd.DataFrame({"slide_id": [f"s{i}" for i in range(len(names))], "path": names})
     table.to_parquet(tmp_path / "m.parquet")
-    rows = module.read_manifest(tmp_path / "m.parquet", slides_root=REAL_DATA)
+    rows = read_manifest(tmp_path / "m.parquet", slides_root=REAL_DATA)
     summary = build(rows, tmp_path / "out", TileGridConfig(tile_size_px=64, tile_mpp=4.0))
     assert (summary.num_ok, summary.num_refused) == (2, 4)
     rows = pq.read_table(tmp_path / "out" / "slides" / "train-00000-of-00001.parquet").to_pylist()

@@ -4,13 +4,12 @@
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 import modeling_dre_slcl
+from dre_slcl.hub.check_dataset import check_dataset
 from dre_slcl.hub.check_export import check_export
-from dre_slcl.hub.gather import PublishError, check_dataset, gather_dataset, gather_model
+from dre_slcl.hub.gather import PublishError, gather_dataset, gather_model
 from dre_slcl.hub.publish import Destination
 
 from .hub_server import HubServer, run_client
@@ -78,20 +77,6 @@ def test_dataset_leaves_working_files_behind(dataset_dir, tmp_path):
     assert check_dataset(out) == []
     more = gather_dataset(dataset_dir, tmp_path / "more", include_previews=True)
     assert tmp_path / "more" / "previews" / "s1.jpg" in more
-
-
-def test_dataset_with_local_paths_or_missing_shards_is_refused(dataset_dir, tmp_path):
-    (dataset_dir / "dre_slcl_dataset.json").write_text("{}")
-    slides = dataset_dir / "slides" / "train-00000-of-00001.parquet"
-    columns = {"slide_id": ["s1", "s2"], "path": ["/odd/s1.svs", "s2.svs"], "reason": [None, "unreadable"]}
-    pq.write_table(pa.table(columns), slides)
-    gather_dataset(dataset_dir, tmp_path / "gathered")
-    [finding] = check_dataset(tmp_path / "gathered")
-    assert finding.file == "slides/train-00000-of-00001.parquet"
-    assert "`path` holds 1 paths of this machine" in finding.message
-    (dataset_dir / "dre_slcl_dataset.json").write_text(json.dumps({"files": {"tiles/x.parquet": 7}}))
-    with pytest.raises(PublishError, match=r"tiles/x\.parquet: expected 7 bytes"):
-        gather_dataset(dataset_dir, tmp_path / "again")
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "a/../b", "ns/na me", "/x", ""])

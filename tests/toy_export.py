@@ -99,7 +99,14 @@ def write_toy_model(folder: Path) -> Path:
 def write_toy_dataset(folder: Path) -> Path:
     """Writes a finished slide dataset with one train slide, and the working files that stay behind."""
     rows = {
-        "slides/train-00000-of-00001.parquet": {"slide_id": ["s1"], "path": ["a/s1.svs"], "reason": [None]},
+        "slides/train-00000-of-00001.parquet": {
+            "slide_id": ["s1"],
+            "case_id": ["c1"],
+            "split": ["train"],
+            "path": ["a/s1.svs"],
+            "reason": [None],
+            "num_tiles": [2],
+        },
         "tiles/train-00000-of-00001.parquet": {"slide_id": ["s1", "s1"], "tile_index": [0, 1]},
     }
     for name, columns in rows.items():

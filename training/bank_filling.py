@@ -9,7 +9,7 @@ import logging
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from modeling_dre_slcl import DreSlclImageProcessor, DreSlclModel
@@ -17,6 +17,7 @@ from modeling_dre_slcl import DreSlclImageProcessor, DreSlclModel
 from .codebook import fit_codebook
 from .run_data import RunData
 from .sampler import generator
+from .tile_loader import load_in_order
 from .tile_source import TileSource
 
 logger = logging.getLogger(__name__)
@@ -72,14 +73,12 @@ class BankFiller:
             tiles_per_slide (`int`, *optional*): a random sample of so many tiles of each slide; by default all.
         """
         training, _ = model.training, model.eval()
-        loader = DataLoader(
-            _TileChunks(self.source, self._chunks(tiles_per_slide)),
-            batch_size=None,
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        chunks = _TileChunks(self.source, self._chunks(tiles_per_slide))
+        loader = load_in_order(chunks, range(len(chunks)), num_workers=self.num_workers, seed=self.seed)
         hidden = not self.accelerator.is_main_process
-        for slide, tiles, pixels in tqdm(loader, desc="filling the memory bank", unit="batch", disable=hidden):
+        for slide, tiles, pixels in tqdm(
+            loader, total=len(chunks), desc="filling the memory bank", unit="batch", disable=hidden
+        ):
             values = self.image_processor.tiles_to_pixel_values(pixels, self.accelerator.device)
             with self.accelerator.autocast():
                 features = model.get_tile_features(values)

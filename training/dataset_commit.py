@@ -77,7 +77,8 @@ def finish_dataset(
     stage_pictures(staging, entries)
     seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     summary = summary.with_merge(seconds, cpu_seconds)
-    _write_texts(staging, entries, files, title=out_dir.resolve().name, options=options, summary=summary)
+    title = out_dir.resolve().name
+    _write_texts(staging, entries, files, title=title, build_key=build_key, options=options, summary=summary)
     commit_dataset(staging, out_dir, build_key=build_key)
     given_mpp = {entry.row.slide_id: options.mpp_of(entry.row.mpp) for entry in entries}
     content = {
@@ -114,6 +115,7 @@ def _write_texts(
     files: Sequence[str],
     *,
     title: str,
+    build_key: str,
     options: BuildOptions,
     summary: BuildSummary,
 ) -> None:
@@ -125,6 +127,11 @@ def _write_texts(
         jpeg_quality=None if options.pixels == "none" else options.jpeg_quality,
         license_name=options.license_name,
         stain=options.stain,
+        source_text=options.source_text,
+        pixels=options.pixels,
+        num_copied=summary.num_copied,
+        build_key=build_key,
+        folder=staging,
     )
     content = {**summary.to_dict(), "parameters": options.parameters(), "versions": versions()}
     write_text(staging / "README.md", card)

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from modeling_dre_slcl.slide_inference import describe_state, encode_tile_batches
 from modeling_dre_slcl.slide_reader import SlideError
 
-from .tile_source import SlideRow, TileSource, check_geometry
+from .slide_rows import SlideRow
+from .tile_source import TileSource, check_geometry
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 
 from .config import TrainConfig
 from .sampler import StepPlan, StepSampler, partition_slides, shards_of_process
-from .tile_source import TileSource
+from .tile_source import TileSource, describe_missing
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +30,15 @@ class RunData:
         report_embeds (`torch.Tensor` of shape `(slides of the source, R)`): set by `set_report_embeds`.
 
     Raises:
-        ValueError: if there are too few cases for a batch, or the processes cannot share it.
+        ValueError: if there are too few cases for a batch, the processes cannot share it, or files of slides that
+            are read in training are not there.
     """
 
     def __init__(self, config: TrainConfig, process_index: int, num_processes: int) -> None:
         self.source = TileSource(config.dataset, config.train_split, slides_root=config.slides_root)
+        missing = self.source.missing_slides()
+        if missing:  # better now than after days, in the first step that needs one
+            raise ValueError(describe_missing(self.source, missing))
         rows = self.source.slides
         self.slides = [place for place, row in enumerate(rows) if row.report.strip()]
         if len(self.slides) < len(rows) and process_index == 0:

@@ -4,15 +4,19 @@
 Letters: b slides of this process, M sampled tiles of each, H = W = `tile_size_px`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .sampler import PADDING, StepPlan, StepSampler, generator
+from .tile_loader import load_in_order
 from .tile_source import TileSource
+
+_TURNS = (None, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)
 
 
 @dataclass(frozen=True)
@@ -45,36 +49,28 @@ class StepDataset(Dataset):
         for place, (slide, sampled) in enumerate(zip(plan.slides.tolist(), plan.sampled, strict=True)):
             indices = sampled[sampled != PADDING]
             random = generator(self.sampler.seed, "augment", step, self.sampler.slide_ids[slide])
-            pixels = self.source.read(slide, indices)
-            tiles[place, : len(indices)] = [self._augment(tile, random) for tile in pixels]
+            for row, pixels in enumerate(self.source.read(slide, indices)):
+                tiles[place, row] = self._augment(pixels, random)
         return StepBatch(plan, torch.from_numpy(tiles))
 
     def _augment(self, tile: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Augments a tile `(H, W, 3)`, uint8."""
         if self.augment_flips:
-            tile = np.rot90(tile, random.integers(4))
-            tile = tile[:, ::-1] if random.integers(2) else tile
+            turn = _TURNS[random.integers(4)]
+            tile = tile if turn is None else cv2.rotate(tile, turn)
+            tile = cv2.flip(tile, 1) if random.integers(2) else tile
         if self.augment_stain > 0:
             # Optical density is -log(v / 255), so a factor on it is a power of v / 255: one table per channel.
             factors = np.exp(random.normal(scale=self.augment_stain, size=3))
             table = 255 * (np.arange(256)[:, None] / 255) ** factors
-            tile = np.take_along_axis(table.round().astype(np.uint8), tile.reshape(-1, 3), axis=0).reshape(tile.shape)
+            tile = cv2.LUT(tile, table.round().astype(np.uint8)[None])
         return tile
 
 
-def step_loader(dataset: StepDataset, steps: Iterable[int], *, num_workers: int, seed: int) -> DataLoader:
-    """Loads steps in the given order; what it yields does not depend on `num_workers`."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=list(steps),
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        # A generator of its own keeps the loader from drawing on the global random state.
-        generator=torch.Generator().manual_seed(seed),
-        worker_init_fn=_one_thread,
-    )
+def step_loader(dataset: StepDataset, steps: Iterable[int], *, num_workers: int, seed: int) -> Iterator[StepBatch]:
+    """Loads steps in the given order; what it yields does not depend on `num_workers`.
 
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+    Raises:
+        SlideError: at the step that needs a slide which cannot be read; it names slide and tile.
+    """
+    return load_in_order(dataset, steps, num_workers=num_workers, seed=seed)

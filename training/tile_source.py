@@ -1,66 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slides of a slide dataset and the pixels of their tiles, from stored JPEG or from the slide files themselves.
 
+Both tables are the memory-mapped Arrow files of `datasets`: a random tile costs one look-up and its decoding, no row
+group is read around it, and what a process keeps does not grow with the dataset or with the number of reads.
+
 Letters: n tiles, H = W = `tile_size_px`.
 """
 
 import json
-from collections import OrderedDict
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from datasets import Dataset, DownloadConfig, Image, get_dataset_config_names, load_dataset
+from datasets import Dataset
 
-from modeling_dre_slcl.slide_reader import SlideReader
+from modeling_dre_slcl.slide_reader import SlideError
 
-_OPEN_SLIDES = 8
-_SLIDE_COLUMNS = frozenset(
-    [
-        *("slide_id", "case_id", "split", "path", "fingerprint", "vendor", "width_px", "height_px", "mpp"),
-        *("tile_size_px", "tile_mpp", "stride_px", "tile_size_level0_px", "tile_xy", "tile_start", "num_tiles"),
-        *("report", "status", "reason"),
-    ]
-)
+from .dataset_files import has_configuration, load_split
+from .slide_handles import SlideHandles
+from .slide_rows import SlideRow, read_slide_rows
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class SlideRow:
-    """One usable slide of a slide dataset.
-
-    Args:
-        slide_id (`str`): its name.
-        case_id (`str`): its case.
-        path (`str`): its file, relative to the folder of slides.
-        report (`str`): its report; empty where there is none.
-        mpp (`float`): level-0 resolution in um/px.
-        tile_xy (`np.ndarray` of shape `(n, 2)`, int32): level-0 (x, y) of each tile's top-left corner.
-        tile_start (`int`): row of its first tile in the `tiles` configuration of the same split.
-        tile_size_level0_px (`int`): side of a tile in level-0 pixels.
-        labels (`dict`): the label columns.
-    """
-
-    slide_id: str
-    case_id: str
-    path: str
-    report: str
-    mpp: float
-    tile_xy: np.ndarray
-    tile_start: int
-    tile_size_level0_px: int
-    labels: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_tiles(self) -> int:
-        """Number of tiles."""
-        return len(self.tile_xy)
+_MAX_NAMED = 5
 
 
 class TileSource:
     """The usable slides of one split of a slide dataset, and their tiles' pixels.
+
+    Can be handed to worker processes, forked or spawned: a pickle holds the names of files, and each process opens
+    slides of its own. One thread at a time.
 
     Args:
         dataset (`str` or `Path`): folder or Hub repository of a slide dataset.
@@ -73,30 +45,40 @@ class TileSource:
 
     Raises:
         ValueError: if the dataset has no such split, holds no usable slide, mixes geometries, or stores coordinates
-            only and `slides_root` is not given.
+            only and `slides_root` is not given or holds none of the slides.
     """
 
     def __init__(self, dataset: str | Path, split: str, *, slides_root: str | Path | None = None) -> None:
         self.dataset, self.split = str(dataset), split
-        self.slides_root = Path(slides_root) if slides_root is not None else None
-        table = _load(self.dataset, "slides", split)
-        rows = [row for row in table if row["status"] == "ok" and row["num_tiles"] > 0]
-        if not rows:
+        self._table = load_split(self.dataset, "slides", split).with_format("arrow")
+        self.slides = read_slide_rows(self._table[:])
+        if not self.slides:
             raise ValueError(f"{dataset}: split '{split}' has no slide with status 'ok'.")
-        geometries = sorted({(row["tile_size_px"], row["tile_mpp"]) for row in rows})
+        geometries = sorted({(row.tile_size_px, row.tile_mpp) for row in self.slides})
         if len(geometries) > 1:
             raise ValueError(
                 f"{dataset}: slides of one dataset must share tile_size_px and tile_mpp, found {geometries}."
             )
         self.tile_size_px, self.tile_mpp = geometries[0]
-        self.slides = [_slide_row(row) for row in rows]
         self._images = _load_images(self.dataset, split)
-        if self._images is None and self.slides_root is None:
+        self._handles: SlideHandles | None = None
+        if self._images is not None:
+            self._check_tile_rows()
+        elif slides_root is None:
             raise ValueError(
                 f"{dataset} stores tile coordinates but no pixels; say where the slide files are (`slides_root`)."
             )
-        self._check_tile_rows()
-        self._readers: OrderedDict[str, SlideReader] = OrderedDict()
+        else:
+            self._handles = SlideHandles(slides_root)
+            self._check_slide_files()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The rows are views of the memory-mapped table: another process maps it again instead of getting a copy.
+        return {name: value for name, value in self.__dict__.items() if name != "slides"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.slides = read_slide_rows(self._table[:])
 
     def read(self, slide: int, tiles: np.ndarray) -> np.ndarray:
         """Reads tiles of a slide.
@@ -107,83 +89,109 @@ class TileSource:
 
         Returns:
             `np.ndarray` of shape `(n, H, W, 3)`, uint8, RGB.
+
+        Raises:
+            SlideError: if a tile cannot be read; it names the slide, the tile and what to do.
+            IndexError: if the slide has no such tile.
         """
-        row = self.slides[slide]
-        if self._images is None:
-            reader = self._reader(row)
-            size = {"tile_size_px": self.tile_size_px, "tile_mpp": self.tile_mpp}
-            return np.stack([reader.read_tile(*map(int, row.tile_xy[tile]), **size) for tile in tiles])
-        images = self._images[(row.tile_start + np.asarray(tiles)).tolist()]["image"]
-        return np.stack([self._decode(image["bytes"], row, tile) for image, tile in zip(images, tiles, strict=True)])
+        row, tiles = self.slides[slide], np.asarray(tiles, dtype=np.int64)
+        if len(tiles) and not 0 <= tiles.min() <= tiles.max() < row.num_tiles:
+            raise IndexError(f"Slide {row.slide_id} has {row.num_tiles} tiles, so none with the index of {tiles}.")
+        pixels = np.empty((len(tiles), self.tile_size_px, self.tile_size_px, 3), dtype=np.uint8)
+        if len(tiles):
+            fill = self._decode_tiles if self._images is not None else self._read_slide
+            fill(row, tiles, pixels)
+        return pixels
 
     def iter_batches(self, slide: int, batch_size: int) -> Iterator[np.ndarray]:
         """Yields all tiles of a slide in order, as `np.ndarray` of shape `(n <= batch_size, H, W, 3)`, uint8."""
         for start in range(0, self.slides[slide].num_tiles, batch_size):
             yield self.read(slide, np.arange(start, min(start + batch_size, self.slides[slide].num_tiles)))
 
-    def _decode(self, jpeg: bytes, row: SlideRow, tile: int) -> np.ndarray:
-        pixels = cv2.imdecode(np.frombuffer(jpeg, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
-        if pixels is None or pixels.shape != (self.tile_size_px, self.tile_size_px, 3):
-            raise ValueError(
-                f"{self.dataset}: tile {tile} of slide {row.slide_id} is not an image of {self.tile_size_px} x "
-                f"{self.tile_size_px} px; the dataset is damaged, build it again."
-            )
-        return pixels
+    def missing_slides(self) -> list[SlideRow]:
+        """Returns the slides whose files are needed for their pixels, and are not there."""
+        if self._handles is None:
+            return []
+        return [row for row in self.slides if not (self._handles.slides_root / row.path).is_file()]
 
-    def _reader(self, row: SlideRow) -> SlideReader:
-        """An open reader of the slide; the least recently used one is closed when too many are open."""
-        if row.slide_id in self._readers:
-            self._readers.move_to_end(row.slide_id)
-        else:
-            if len(self._readers) >= _OPEN_SLIDES:
-                self._readers.popitem(last=False)[1].close()
-            path = self.slides_root / row.path
-            self._readers[row.slide_id] = SlideReader(path, slide_id=row.slide_id, mpp=row.mpp)
-        return self._readers[row.slide_id]
+    def _decode_tiles(self, row: SlideRow, tiles: np.ndarray, pixels: np.ndarray) -> None:
+        """Decodes stored tiles into `pixels`."""
+        rows = self._images[(row.tile_start + tiles).tolist()]
+        stored = (value for chunk in rows.column("image").chunks for value in chunk.field("bytes"))
+        for place, (tile, value) in enumerate(zip(tiles, stored, strict=True)):
+            buffer = value.as_buffer()
+            encoded = np.frombuffer(buffer, dtype=np.uint8) if buffer else np.zeros(1, dtype=np.uint8)
+            decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+            if decoded is None or decoded.shape != pixels.shape[1:]:
+                found = "no image" if decoded is None else f"{decoded.shape[1]} x {decoded.shape[0]} px"
+                raise SlideError(
+                    row.slide_id,
+                    "unreadable",
+                    f"tile {tile} (row {row.tile_start + tile} of `tiles`, split '{self.split}') of {self.dataset}: "
+                    f"expected an image of {self.tile_size_px} x {self.tile_size_px} px, found {found}; the dataset "
+                    "is damaged, build or download it again",
+                )
+            pixels[place] = decoded
+
+    def _read_slide(self, row: SlideRow, tiles: np.ndarray, pixels: np.ndarray) -> None:
+        """Reads tiles from the slide's file into `pixels`."""
+        tile = None
+        try:
+            reader = self._handles.open(row.slide_id, row.path, mpp=row.mpp, fingerprint=row.fingerprint)
+            for place, tile in enumerate(tiles.tolist()):
+                x, y = row.tile_xy[tile].tolist()
+                pixels[place] = reader.read_tile(x, y, tile_size_px=self.tile_size_px, tile_mpp=self.tile_mpp)
+        except SlideError as error:
+            self._handles.drop(row.slide_id)
+            where = "" if tile is None else f"tile {tile} at level-0 {tuple(row.tile_xy[tile].tolist())}: "
+            raise SlideError(
+                row.slide_id,
+                error.reason,
+                f"{where}{error.message}. Mend the file and give the same command again, or build {self.dataset} "
+                "again, which leaves such slides out",
+            ) from error
+
+    def _check_slide_files(self) -> None:
+        """Tells a wrong folder, and names slides that are not there, before any work."""
+        missing = self.missing_slides()
+        if len(missing) == len(self.slides):
+            raise ValueError(
+                f"{self._handles.slides_root}: none of the {len(missing)} slides of {self.dataset}, split "
+                f"'{self.split}', is there, for example {missing[0].path}; set `slides_root` to the folder that these "
+                "paths start from."
+            )
+        if missing:
+            logger.warning("%s", describe_missing(self, missing))
 
     def _check_tile_rows(self) -> None:
         """Tile t of a slide must be row `tile_start + t` of `tiles`: checked at the first and last tile of each."""
-        if self._images is None:
-            return
-        ids = self._images.select_columns(["slide_id", "tile_index"])
         for row in self.slides:
-            first, last = ids[row.tile_start], ids[row.tile_start + row.num_tiles - 1]
-            if (first["slide_id"], first["tile_index"]) != (row.slide_id, 0) or last != {
-                "slide_id": row.slide_id,
-                "tile_index": row.num_tiles - 1,
-            }:
+            first, last = row.tile_start, row.tile_start + row.num_tiles - 1
+            found: dict[str, list[Any]] = {}
+            if 0 <= first <= last < len(self._images):
+                found = self._images[[first, last]].select(["slide_id", "tile_index"]).to_pydict()
+            if found != {"slide_id": [row.slide_id] * 2, "tile_index": [0, row.num_tiles - 1]}:
                 raise ValueError(
                     f"{self.dataset}: the tiles of slide {row.slide_id} are not where `tile_start` says; the "
                     "configurations `slides` and `tiles` do not belong together, build the dataset again."
                 )
 
 
-def _load(dataset: str, name: str, split: str) -> Dataset:
-    try:
-        return load_dataset(dataset, name, split=split, download_config=DownloadConfig(disable_tqdm=True))
-    except ValueError as error:
-        raise ValueError(f"{dataset}: configuration '{name}', split '{split}' cannot be loaded ({error}).") from error
+def describe_missing(source: TileSource, missing: list[SlideRow]) -> str:
+    """Says which slide files are not there, naming the first few."""
+    names = ", ".join(row.path for row in missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
+    return (
+        f"{source.dataset}, split '{source.split}': {len(missing)} of {len(source.slides)} slide files are not in the "
+        f"folder of slides: {names}. Put them there, or build the dataset again without them."
+    )
 
 
 def _load_images(dataset: str, split: str) -> Dataset | None:
-    if "tiles" not in get_dataset_config_names(dataset):
+    """Loads `tiles` as Arrow, undecoded; `None` for a dataset of coordinates only."""
+    if not has_configuration(dataset, "tiles"):
         return None
-    tiles = _load(dataset, "tiles", split).cast_column("image", Image(decode=False))
-    return tiles.select_columns(["slide_id", "tile_index", "image"])
-
-
-def _slide_row(row: dict[str, Any]) -> SlideRow:
-    return SlideRow(
-        slide_id=row["slide_id"],
-        case_id=row["case_id"],
-        path=row["path"],
-        report=row["report"] or "",
-        mpp=row["mpp"],
-        tile_xy=np.asarray(row["tile_xy"], dtype=np.int32).reshape(-1, 2),
-        tile_start=row["tile_start"],
-        tile_size_level0_px=row["tile_size_level0_px"],
-        labels={key: value for key, value in row.items() if key not in _SLIDE_COLUMNS},
-    )
+    tiles = load_split(dataset, "tiles", split)
+    return tiles.select_columns(["slide_id", "tile_index", "image"]).with_format("arrow")
 
 
 def describe_geometry(tile_size_px: int, tile_mpp: float) -> str:

@@ -140,14 +140,28 @@ class _Plan:
 
     @cached_property
     def key(self) -> str:
-        """Hash of everything the dataset's files depend on."""
-        slides = [
-            [row.slide_id, row.stored_path, row.case_id, row.mpp, row.report, row.split, row.labels]
-            for row in self.rows
-        ]
-        known = self.fingerprints
-        fingerprints = [known[row.slide_id] for row in self.rows]
-        return hash_json([self.options.to_dict(), slides, fingerprints, dict(self.extra_info)])
+        return hash_build(self.rows, self.fingerprints, self.options, self.extra_info)
+
+
+def hash_build(
+    rows: Sequence[ManifestRow],
+    fingerprints: Mapping[str, str | None],
+    options: BuildOptions,
+    extra_info: Mapping[str, Any],
+) -> str:
+    """Hashes everything a dataset's files depend on.
+
+    Args:
+        rows (`Sequence[ManifestRow]`): its slides in the order of the manifest.
+        fingerprints (`Mapping[str, str | None]`): fingerprint of each slide, `None` if its file cannot be read.
+        options (`BuildOptions`): how they are tiled.
+        extra_info (`Mapping[str, Any]`): what is added to the dataset's info file.
+    """
+    slides = [
+        [row.slide_id, row.stored_path, row.case_id, options.mpp_of(row.mpp), row.report, row.split, row.labels]
+        for row in rows
+    ]
+    return hash_json([options.to_dict(), slides, [fingerprints[row.slide_id] for row in rows], dict(extra_info)])
 
 
 def _build(plan: _Plan, start: float) -> BuildSummary:

@@ -118,6 +118,8 @@ class SlideReader:
             raise
         if self.info.vendor in _PLAIN_FORMATS:
             self._tiles = TiffTiles(path, self._slide.level_dimensions, cache_bytes=cache_bytes)
+            if self.info.vendor == "aperio":
+                self._tiles.spread_missing_tiles()
 
     def __enter__(self) -> "SlideReader":
         return self
@@ -278,10 +280,17 @@ class SlideReader:
     def _read_openslide(self, level: int, x: int, y: int, out: np.ndarray) -> None:
         """Reads `out`, uint8 RGB `(h, w, 3)`, from `(x, y)` in pixels of a level, through OpenSlide."""
         downsample = self.info.level_downsamples[level]
-        origin = round(x * downsample), round(y * downsample)
+        # OpenSlide cuts negative positions to whole pixels of the level, towards zero: up to one pixel off.
+        left, top = max(-x, 0), max(-y, 0)
+        if left or top:
+            out[:] = self.info.background_rgb
+        part = out[top:, left:]
+        if part.size == 0:
+            return
+        origin = round((x + left) * downsample), round((y + top) * downsample)
         with _openslide_errors(self.info.slide_id, self.info.path):
-            rgba = np.asarray(self._slide.read_region(origin, level, (out.shape[1], out.shape[0])))
-        out[:] = _composite(rgba, self.info.background_rgb)
+            rgba = np.asarray(self._slide.read_region(origin, level, (part.shape[1], part.shape[0])))
+        part[:] = _composite(rgba, self.info.background_rgb)
 
     def _trusts_tiles(self, level: int, x: int, y: int) -> bool:
         """Whether the file's own tiles of a level may be used: decided once, at a tile near `(x, y)` of the level."""
@@ -358,7 +367,7 @@ def _resample(pixels: np.ndarray, out: np.ndarray) -> None:
     """Reduces uint8 `(h, w, 3)` to the size of `out` by area averaging, or magnifies it (by a few percent)."""
     height, width = out.shape[:2]
     reduces = pixels.shape[0] >= height and pixels.shape[1] >= width
-    out[:] = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if reduces else cv2.INTER_LINEAR)
+    cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_AREA if reduces else cv2.INTER_LINEAR)
 
 
 def _is_native(downsample: float, level_downsample: float) -> bool:

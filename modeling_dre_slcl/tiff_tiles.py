@@ -68,6 +68,11 @@ class TiledLevel:
         """Number of tiles side by side."""
         return -(-self.width_px // self.tile_width_px)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of tiles."""
+        return -(-self.height_px // self.tile_height_px)
+
 
 class TiffTiles:
     """The tiled levels of a TIFF file. For one thread.
@@ -90,6 +95,21 @@ class TiffTiles:
         self._headers: dict[int, tuple[bytes, bytes]] = {}
         self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._cached_bytes, self._cache_bytes = 0, cache_bytes
+
+    def spread_missing_tiles(self) -> None:
+        """Takes a tile for missing where the next finer level lacks a part of it, as OpenSlide does for Aperio slides.
+
+        The scanner's encoder made such tiles of nothing, and they are sometimes damaged.
+        Source: OpenSlide's `openslide-vendor-aperio.c`.
+        """
+        for finer, coarser in zip(self.levels, self.levels[1:], strict=False):
+            if finer is None or coarser is None:
+                continue
+            rows, columns = np.divmod(np.flatnonzero(finer.sizes == 0), finer.num_columns)
+            step_x = max(1, int(finer.num_columns / coarser.num_columns + 0.5))
+            step_y = max(1, int(finer.num_rows / coarser.num_rows + 0.5))
+            index = rows // step_y * coarser.num_columns + columns // step_x
+            coarser.sizes[index[index < coarser.sizes.size]] = 0
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
@@ -216,11 +236,13 @@ def _find_levels(path: Path, level_sizes: Sequence[tuple[int, int]]) -> list[Til
         return nothing
     try:
         with tifffile.TiffFile(path) as file:
-            candidates: dict[tuple[int, int], TiledLevel] = {}
+            # Of several tiled images of the same size nothing tells which one OpenSlide shows.
+            candidates: dict[tuple[int, int], TiledLevel | None] = {}
             for page in file.pages:
                 size = (page.imagewidth, page.imagelength)
-                if size in level_sizes and size not in candidates and _is_plain_jpeg(page):
-                    candidates[size] = _tiled_level(page)
+                if size in level_sizes and page.is_tiled:
+                    is_only = size not in candidates
+                    candidates[size] = _tiled_level(page) if is_only and _is_plain_jpeg(page) else None
     # tifffile raises whatever its parsing of a damaged file runs into.
     except Exception as error:  # noqa: BLE001
         logger.debug("%s: its tiles are read through OpenSlide (%s).", path, error)

@@ -12,6 +12,8 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,7 @@ def build_dataset(
         DiskFullError: if the disk is full.
         OSError: if the disk is not writable.
     """
+    start = time.perf_counter()
     settings = BuildOptions(grid_config=grid_config or TileGridConfig(), **options)
     is_rows = isinstance(source, Sequence) and not isinstance(source, str)
     rows = list(source) if is_rows else read_manifest(source, slides_root=slides_root)
@@ -99,7 +102,7 @@ def build_dataset(
         rows = [rows[position] for position in positions]
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
-        return _build(rows, out_dir, settings, info)
+        return _build(_Plan(rows, fingerprint_slides(rows), out_dir, settings, info), start)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -117,76 +120,100 @@ def check_out_dir(out_dir: Path) -> None:
         raise ValueError(f"{out_dir}: expected a new or empty folder, or a slide dataset of an earlier build.")
 
 
-def _build(
-    rows: Sequence[ManifestRow], out_dir: Path, options: BuildOptions, extra_info: Mapping[str, Any]
-) -> BuildSummary:
-    start = time.perf_counter()
-    found = fingerprint_slides(rows)
-    build_key = _build_key(rows, _fingerprints(found), options, extra_info)
-    finished = find_finished(out_dir, build_key)
+@dataclass(frozen=True)
+class _Plan:
+    """One build: what goes in (slides in the order of the manifest, their fingerprints or why there is none)."""
+
+    rows: Sequence[ManifestRow]
+    found: Mapping[str, str | SlideError]
+    out_dir: Path
+    options: BuildOptions
+    extra_info: Mapping[str, Any]
+
+    @property
+    def parts_dir(self) -> Path:
+        return self.out_dir / PARTS_NAME
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        return {slide_id: value if isinstance(value, str) else None for slide_id, value in self.found.items()}
+
+    @cached_property
+    def key(self) -> str:
+        return hash_build(self.rows, self.fingerprints, self.options, self.extra_info)
+
+
+def hash_build(
+    rows: Sequence[ManifestRow],
+    fingerprints: Mapping[str, str | None],
+    options: BuildOptions,
+    extra_info: Mapping[str, Any],
+) -> str:
+    """Hashes everything a dataset's files depend on.
+
+    Args:
+        rows (`Sequence[ManifestRow]`): its slides in the order of the manifest.
+        fingerprints (`Mapping[str, str | None]`): fingerprint of each slide, `None` if its file cannot be read.
+        options (`BuildOptions`): how they are tiled.
+        extra_info (`Mapping[str, Any]`): what is added to the dataset's info file.
+    """
+    slides = [
+        [row.slide_id, row.stored_path, row.case_id, options.mpp_of(row.mpp), row.report, row.split, row.labels]
+        for row in rows
+    ]
+    return hash_json([options.to_dict(), slides, [fingerprints[row.slide_id] for row in rows], dict(extra_info)])
+
+
+def _build(plan: _Plan, start: float) -> BuildSummary:
+    finished = find_finished(plan.out_dir, plan.key)
     if finished is not None:
-        _remove_parts(out_dir, build_key)  # left by a kill after the last rename
+        _remove_parts(plan.out_dir, plan.key)  # left by a kill after the last rename
         return finished
+    plan.parts_dir.mkdir(parents=True, exist_ok=True)
+    leftovers = _list_temporary(plan.out_dir)
     try:
-        return _build_parts(rows, found, out_dir, options, build_key, extra_info, start)
+        with BuildMember(plan.parts_dir, plan.key) as member:
+            return _build_as_member(plan, member, leftovers, start)
     except FileNotFoundError:
         # Another process that finished the dataset has removed the parts.
-        if find_finished(out_dir, build_key) is None:
+        if find_finished(plan.out_dir, plan.key) is None:
             raise
-        return _found_finished(out_dir, build_key)
+        return _found_finished(plan.out_dir, plan.key)
 
 
-def _build_parts(
-    rows: Sequence[ManifestRow],
-    found: Mapping[str, str | SlideError],
-    out_dir: Path,
-    options: BuildOptions,
-    build_key: str,
-    extra_info: Mapping[str, Any],
-    start: float,
-) -> BuildSummary:
+def _build_as_member(plan: _Plan, member: BuildMember, leftovers: Sequence[Path], start: float) -> BuildSummary:
     """Tiles what is not tiled yet, and finishes the dataset; `start` is when the build began, by `perf_counter`."""
-    fingerprints = _fingerprints(found)
-    parts_dir = out_dir / PARTS_NAME
-    parts_dir.mkdir(exist_ok=True)
-    leftovers = _list_temporary(out_dir)
-    with BuildMember(parts_dir, build_key) as member:
-        tasks, refused = make_tasks(rows, found, options=options, parts_dir=parts_dir, member=member.name)
-        if not member.others():
-            _clean_up(leftovers, tasks, member)
-        records = {record.slide_id: record for record in refused}
-        reused = _reuse_parts(tasks, out_dir, options)
-        records.update(reused)
-        remaining = [task for task in tasks if task.slide_id not in reused]
-        with BuildProgress(len(rows), len(rows) - len(remaining), shows_bar=options.progress) as progress:
-            tiled = tile_slides(
-                remaining,
-                num_workers=options.num_workers,
-                member=member,
-                progress=progress,
-                is_finished=lambda: find_finished(out_dir, build_key) is not None,
-            )
-        if tiled is None:
-            return _found_finished(out_dir, build_key)
-        records.update(tiled)
-        entries = [_entry(row, fingerprints[row.slide_id], records[row.slide_id], parts_dir) for row in rows]
-        summary = summarise(entries, reused=set(reused), tiling_seconds=time.perf_counter() - start)
-        if options.strict and summary.num_refused:
-            return _give_up(entries, parts_dir / "refused.jsonl", summary.as_strict_failure())
-        if summary.num_ok == 0 and not extra_info:
-            return _give_up(entries, out_dir / "refused.jsonl", summary)
-        return finish_once(
-            member,
-            out_dir,
-            build_key,
-            lambda: finish_dataset(
-                entries, out_dir, options, build_key=build_key, summary=summary, extra_info=extra_info
-            ),
+    options, parts_dir = plan.options, plan.parts_dir
+    tasks, refused = make_tasks(plan.rows, plan.found, options=options, parts_dir=parts_dir, member=member.name)
+    if not member.others():
+        _clean_up(leftovers, tasks, member)
+    records = {record.slide_id: record for record in refused}
+    reused = _reuse_parts(tasks, plan.out_dir, options)
+    remaining = [task for task in tasks if task.slide_id not in reused]
+    with BuildProgress(len(plan.rows), len(plan.rows) - len(remaining), shows_bar=options.progress) as progress:
+        tiled = tile_slides(
+            remaining,
+            num_workers=options.num_workers,
+            member=member,
+            progress=progress,
+            is_finished=lambda: find_finished(plan.out_dir, plan.key) is not None,
         )
+    if tiled is None:
+        return _found_finished(plan.out_dir, plan.key)
+    records |= reused | tiled
+    fingerprints = plan.fingerprints
+    entries = [_entry(row, fingerprints[row.slide_id], records[row.slide_id], parts_dir) for row in plan.rows]
+    summary = summarise(entries, reused=set(reused), tiling_seconds=time.perf_counter() - start)
+    if options.strict and summary.num_refused:
+        return _give_up(entries, parts_dir / "refused.jsonl", summary.as_strict_failure())
+    if summary.num_ok == 0 and not plan.extra_info:  # a share without a usable slide is still needed to join
+        return _give_up(entries, plan.out_dir / "refused.jsonl", summary)
 
+    def finish() -> BuildSummary:
+        places = {"build_key": plan.key, "summary": summary, "extra_info": plan.extra_info}
+        return finish_dataset(entries, plan.out_dir, options, **places)
 
-def _fingerprints(found: Mapping[str, str | SlideError]) -> dict[str, str | None]:
-    return {slide_id: value if isinstance(value, str) else None for slide_id, value in found.items()}
+    return finish_once(member, plan.out_dir, plan.key, finish)
 
 
 def _entry(row: ManifestRow, fingerprint: str | None, record: PartRecord, parts_dir: Path) -> SlideEntry:
@@ -194,17 +221,6 @@ def _entry(row: ManifestRow, fingerprint: str | None, record: PartRecord, parts_
         return SlideEntry(row, fingerprint, record)
     tiles = slice_table(table_path(parts_dir, row.slide_id))
     return SlideEntry(row, fingerprint, record, tiles, parts_dir)
-
-
-def _build_key(
-    rows: Sequence[ManifestRow],
-    fingerprints: Mapping[str, str | None],
-    options: BuildOptions,
-    extra_info: Mapping[str, Any],
-) -> str:
-    """Hashes everything the dataset's files depend on."""
-    slides = [[row.slide_id, row.stored_path, row.case_id, row.mpp, row.report, row.split, row.labels] for row in rows]
-    return hash_json([options.to_dict(), slides, [fingerprints[row.slide_id] for row in rows], dict(extra_info)])
 
 
 def find_finished(out_dir: Path, build_key: str) -> BuildSummary | None:

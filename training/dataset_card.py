@@ -260,22 +260,6 @@ def _privacy_section(entries: Sequence[SlideEntry], *, has_pixels: bool) -> str:
     return f"## Personal data\n\nThe files hold {', '.join(held)}. Label images of slides are not read."
 
 
-def write_summary_text(summary: Mapping[str, Any]) -> str:
-    """Returns the summary of a build as Markdown.
-
-    Args:
-        summary (`Mapping[str, Any]`): the content of `summary.json`.
-    """
-    counts = [(key, summary[key]) for key in ("num_slides", "num_ok", "num_refused", "num_reused", "num_tiles")]
-    rates = [(key, f"{summary[key]:.2f}") for key in ("slides_per_second", "tiles_per_second")]
-    seconds = [(f"{stage} (s)", f"{value:.1f}") for stage, value in summary["seconds"].items()]
-    text = "# Build of a slide dataset\n\n" + _table(("", "value"), [*counts, *rates])
-    text += "\n\nTime in all workers together; `total` is by the clock.\n\n" + _table(("stage", "seconds"), seconds)
-    if summary["refused_by_reason"]:
-        text += "\n\n## Refused\n\n" + _table(("reason", "slides"), list(summary["refused_by_reason"].items()))
-    return text + "\n"
-
-
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)

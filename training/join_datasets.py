@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from .build_dataset import check_out_dir, find_finished, finish_once
+from .build_dataset import check_out_dir, find_finished, finish_once, hash_build
 from .build_options import BuildOptions
 from .build_records import BuildSummary, summarise
 from .dataset_commit import PARTS_NAME, finish_dataset
-from .dataset_info import hash_json, read_dataset_info
+from .dataset_info import read_dataset_info
 from .dataset_reuse import record_of_row, slides_of_shard
 from .dataset_writer import SlideEntry
 from .manifest import DATASET_COLUMNS, ManifestRow
@@ -47,12 +47,13 @@ def join_datasets(shares: Sequence[str | Path], out_dir: str | Path) -> BuildSum
     folders, out_dir = [Path(share) for share in shares], Path(out_dir)
     infos = [read_dataset_info(folder) for folder in folders]
     _check_shares(folders, infos, out_dir)
-    build_key = hash_json(["join", sorted(info["build_key"] for info in infos)])
+    entries = _mark_duplicates(_read_entries(folders, infos))
+    options = BuildOptions.from_dict(infos[0]["options"])
+    fingerprints = {entry.row.slide_id: entry.fingerprint for entry in entries}
+    build_key = hash_build([entry.row for entry in entries], fingerprints, options, {})
     finished = find_finished(out_dir, build_key)
     if finished is not None:
         return finished
-    entries = _mark_duplicates(_read_entries(folders, infos))
-    options = BuildOptions.from_dict(infos[0]["options"])
     summary = _add_times(summarise(entries, reused=set(), tiling_seconds=1.0), infos)
     check_out_dir(out_dir)
     (out_dir / PARTS_NAME).mkdir(parents=True, exist_ok=True)

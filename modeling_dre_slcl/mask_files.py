@@ -61,8 +61,8 @@ def read_mask(
     detections, cells and tiles are passed over. A collection without any feature means no tissue.
 
     Images: tissue where the largest channel is above 127, or, in PNG and TIFF without any such pixel (label images),
-    above 0; of images with a palette the index counts; where it is transparent there is none. An image shows the whole frame
-    (`qupath`: the scanned area; `canvas`: OpenSlide's canvas) at any size, with its aspect ratio within 2%.
+    above 0; of images with a palette the index counts; where an image is transparent there is none. It shows the
+    whole frame (`qupath`: the scanned area; `canvas`: OpenSlide's canvas) at any size, its aspect ratio within 2%.
 
     Args:
         path (`str` or `Path`): the file; its suffix says what it is.

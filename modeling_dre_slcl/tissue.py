@@ -54,7 +54,7 @@ _FILL_WHITE = 252
 _HALO_SHARE = 0.5
 _BLACK = 45
 _CLAM_MEDIAN_PX, _CLAM_SATURATION = 7, 8
-_OUTLINE_RGB = (0, 150, 60)
+_OUTLINE_RGB = (0, 80, 220)
 
 
 def tissue_mask(overview_rgb: np.ndarray, mpp: float, method: str = "stain") -> np.ndarray:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts about a slide dataset for people: the dataset card (README.md) and the summary of a build (summary.md).
+"""The dataset card (README.md): what people and the Hub are told about a slide dataset.
 
-The card names no folder of the machine that the dataset was made on, no slide, no case, no report, and no label that
+It names no folder of the machine that the dataset was made on, no slide, no case, no report, and no label that
 could be the name of a person: values are listed only where they are categories, which slides share.
 """
 
@@ -258,22 +258,6 @@ def _privacy_section(entries: Sequence[SlideEntry], *, has_pixels: bool) -> str:
     held += ["reports in full"] if any(entry.row.report for entry in entries) else []
     held += ["label columns"] if any(entry.row.labels for entry in entries) else []
     return f"## Personal data\n\nThe files hold {', '.join(held)}. Label images of slides are not read."
-
-
-def write_summary_text(summary: Mapping[str, Any]) -> str:
-    """Returns the summary of a build as Markdown.
-
-    Args:
-        summary (`Mapping[str, Any]`): the content of `summary.json`.
-    """
-    counts = [(key, summary[key]) for key in ("num_slides", "num_ok", "num_refused", "num_reused", "num_tiles")]
-    rates = [(key, f"{summary[key]:.2f}") for key in ("slides_per_second", "tiles_per_second")]
-    seconds = [(f"{stage} (s)", f"{value:.1f}") for stage, value in summary["seconds"].items()]
-    text = "# Build of a slide dataset\n\n" + _table(("", "value"), [*counts, *rates])
-    text += "\n\nTime in all workers together; `total` is by the clock.\n\n" + _table(("stage", "seconds"), seconds)
-    if summary["refused_by_reason"]:
-        text += "\n\n## Refused\n\n" + _table(("reason", "slides"), list(summary["refused_by_reason"].items()))
-    return text + "\n"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

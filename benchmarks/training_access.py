@@ -8,10 +8,10 @@ CPU milliseconds per tile (user and system time of this process; of several roun
 random tiles:
 
 - `datasets_default_ms`: `dataset[row]["image"]`, decoded by `datasets` with Pillow.
-- `undecoded_rows_ms`: undecoded rows as Python dictionaries, then OpenCV and `np.stack`.
+- `undecoded_rows_ms`: undecoded rows as Python dictionaries, then libjpeg-turbo and `np.stack`.
 - `tile_source_ms`: `TileSource.read` on stored JPEG.
 - `step_ms`: `StepDataset`, which also turns, mirrors and stains the tiles at random.
-- `decode_limit_ms`: OpenCV on the same bytes in memory, copied into a batch: the limit.
+- `decode_limit_ms`: libjpeg-turbo on the same bytes in memory, straight into a batch: the limit.
 - `slides_ms`: `TileSource.read` on a dataset of coordinates, through `SlideReader`; slides are opened and closed.
 - `slides_open_ms`: the same where all slides are open already.
 
@@ -35,6 +35,7 @@ from pathlib import Path
 import cv2
 import datasets
 import numpy as np
+import simplejpeg
 
 from dre_slcl.training.build_dataset import build_dataset
 from dre_slcl.training.dataset_files import load_split
@@ -98,7 +99,7 @@ def measure_times(root: Path, stored: TileSource, read: TileSource, *, rounds: i
     table = load_split(root / "encode", "tiles", "train")
     undecoded = table.cast_column("image", datasets.Image(decode=False))
     rows = [(stored.slides[slide].tile_start + tiles).tolist() for slide, tiles in plan]
-    encoded = [[np.frombuffer(undecoded[row]["image"]["bytes"], np.uint8) for row in batch] for batch in rows]
+    encoded = [[undecoded[row]["image"]["bytes"] for row in batch] for batch in rows]
     opened = TileSource(root / "none", "train", slides_root=root / "slides")
     opened._handles.max_open = len(opened.slides)
     steps = step_dataset(stored, _TILES_PER_READ)
@@ -137,15 +138,15 @@ def decode_rows(undecoded: datasets.Dataset, rows: list[list[int]]) -> None:
     """Undecoded rows as Python objects."""
     for batch in rows:
         images = undecoded[batch]["image"]
-        np.stack([cv2.imdecode(np.frombuffer(i["bytes"], np.uint8), cv2.IMREAD_COLOR_RGB) for i in images])
+        np.stack([simplejpeg.decode_jpeg(image["bytes"]) for image in images])
 
 
-def decode_limit(encoded: list[list[np.ndarray]]) -> None:
+def decode_limit(encoded: list[list[bytes]]) -> None:
     """Nothing but decoding into a batch."""
     for batch in encoded:
         pixels = np.empty((len(batch), _TILE_PX, _TILE_PX, 3), np.uint8)
         for place, data in enumerate(batch):
-            pixels[place] = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+            simplejpeg.decode_jpeg(data, buffer=pixels[place])
 
 
 def read_all(source: TileSource, plan: _Plan) -> None:

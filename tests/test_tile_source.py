@@ -21,7 +21,7 @@ from dre_slcl.training.config import TrainConfig
 from dre_slcl.training.demo.slide_writer import write_slide
 from dre_slcl.training.sampler import PADDING, StepSampler, generator
 from dre_slcl.training.step_dataset import StepDataset, step_loader
-from dre_slcl.training.tile_source import TileSource
+from dre_slcl.training.tile_source import TileSource, decode_tile
 from dre_slcl.training.train import train
 from modeling_dre_slcl.slide_reader import SlideError, SlideReader
 from modeling_dre_slcl.tile_grid import TileGridConfig
@@ -94,6 +94,22 @@ def test_copied_tiles_have_exactly_the_pixels_of_the_slide(cohort):
     for one, other in zip(stored, read, strict=True):
         assert one.plan.sampled.tolist() == other.plan.sampled.tolist()
         assert torch.equal(one.tiles, other.tiles)
+
+
+def test_a_dataset_of_copied_tiles_has_exactly_the_pixels_of_the_slide(cohort, tmp_path):
+    build_dataset(cohort / "slides", tmp_path / "copy", GRID, pixels="copy", num_workers=0, progress=False)
+    stored, read = (steps_of(tiles) for tiles in (TileSource(tmp_path / "copy", "train"), source(cohort, "none")))
+    assert all(torch.equal(one.tiles, other.tiles) for one, other in zip(stored, read, strict=True))
+
+
+def test_other_kinds_of_images_are_decoded_too():
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    out = np.empty_like(pixels)
+    assert decode_tile(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes(), out) == ""
+    np.testing.assert_array_equal(out, pixels)
+    assert decode_tile(cv2.imencode(".jpg", pixels[..., 0])[1].tobytes(), out) == ""
+    np.testing.assert_array_equal(out[..., 0], out[..., 2])
+    assert decode_tile(cv2.imencode(".jpg", np.zeros((40, 32, 3), np.uint8))[1].tobytes(), out) == "32 x 40 px"
 
 
 def test_tiles_are_those_that_were_asked_for_in_that_order(cohort):
@@ -257,10 +273,11 @@ def test_a_damaged_stored_tile_is_named(cohort, tmp_path):
     rows[16 + 5]["image"]["bytes"] = b"no image"
     rows[16 + 6]["image"]["bytes"] = cv2.imencode(".jpg", np.zeros((8, 9, 3), np.uint8))[1].tobytes()
     rows[16 + 7]["image"] = None
+    rows[16 + 8]["image"]["bytes"] = rows[16 + 8]["image"]["bytes"][:-200]
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), shard)
     tiles = TileSource(root, "train")
     assert tiles.read(1, [4]).shape == (1, 256, 256, 3)
-    for tile, found in ((5, "no image"), (6, "9 x 8 px"), (7, "no image")):
+    for tile, found in ((5, "no image"), (6, "9 x 8 px"), (7, "no image"), (8, "one that was cut off")):
         with pytest.raises(SlideError, match=rf"s1: unreadable: tile {tile} \(row {16 + tile} of .* found {found}"):
             tiles.read(1, [4, tile])
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts about a slide dataset for people: the dataset card (README.md) and the summary of a build (summary.md).
+"""The dataset card (README.md): what people and the Hub are told about a slide dataset.
 
-The card names no folder of the machine that the dataset was made on, no slide, no case, no report, and no label that
+It names no folder of the machine that the dataset was made on, no slide, no case, no report, and no label that
 could be the name of a person: values are listed only where they are categories, which slides share.
 """
 

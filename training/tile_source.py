@@ -15,6 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 from datasets import Dataset
 
 from modeling_dre_slcl.slide_reader import SlideError
@@ -26,6 +27,7 @@ from .slide_rows import SlideRow, read_slide_rows
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 5
+_START_OF_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 
 
 class TileSource:
@@ -119,11 +121,8 @@ class TileSource:
         rows = self._images[(row.tile_start + tiles).tolist()]
         stored = (value for chunk in rows.column("image").chunks for value in chunk.field("bytes"))
         for place, (tile, value) in enumerate(zip(tiles, stored, strict=True)):
-            buffer = value.as_buffer()
-            encoded = np.frombuffer(buffer, dtype=np.uint8) if buffer else np.zeros(1, dtype=np.uint8)
-            decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
-            if decoded is None or decoded.shape != pixels.shape[1:]:
-                found = "no image" if decoded is None else f"{decoded.shape[1]} x {decoded.shape[0]} px"
+            found = decode_tile(value.as_py() or b"", pixels[place])
+            if found:
                 raise SlideError(
                     row.slide_id,
                     "unreadable",
@@ -131,7 +130,6 @@ class TileSource:
                     f"expected an image of {self.tile_size_px} x {self.tile_size_px} px, found {found}; the dataset "
                     "is damaged, build or download it again",
                 )
-            pixels[place] = decoded
 
     def _read_slide(self, row: SlideRow, tiles: np.ndarray, pixels: np.ndarray) -> None:
         """Reads tiles from the slide's file into `pixels`."""
@@ -175,6 +173,31 @@ class TileSource:
                     f"{self.dataset}: the tiles of slide {row.slide_id} are not where `tile_start` says; the "
                     "configurations `slides` and `tiles` do not belong together, build the dataset again."
                 )
+
+
+def decode_tile(encoded: bytes, out: np.ndarray) -> str:
+    """Decodes an image straight into its place in a batch.
+
+    Args:
+        encoded (`bytes`): the image file: JPEG, or whatever else OpenCV reads.
+        out (`np.ndarray` of shape `(H, W, 3)`, uint8): receives the pixels, RGB.
+
+    Returns:
+        `str`: what was found if it is not a whole image of this size, else empty.
+    """
+    try:
+        shape = simplejpeg.decode_jpeg(encoded, buffer=out).shape
+    except ValueError:  # no JPEG, too large, or with faults that scanners' files have and that lose no pixel
+        # What a stream that was cut off lacks, some versions of OpenCV fill with grey.
+        if encoded.startswith(_START_OF_JPEG) and not encoded.rstrip(b"\0").endswith(_END_OF_JPEG):
+            return "one that was cut off"
+        decoded = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_COLOR_RGB) if encoded else None
+        if decoded is None:
+            return "no image"
+        shape = decoded.shape
+        if shape == out.shape:
+            out[...] = decoded
+    return "" if shape == out.shape else f"{shape[1]} x {shape[0]} px"
 
 
 def describe_missing(source: TileSource, missing: list[SlideRow]) -> str:

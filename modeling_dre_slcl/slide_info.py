@@ -25,6 +25,7 @@ REASONS = frozenset(
         "unsafe_name",
         "not_a_file",
         "changed_during_run",
+        "geometry_mismatch",
     }
 )
 

@@ -13,6 +13,8 @@ COMMANDS = {
     "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
     "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),
+    "export": ("dre_slcl.training.export_dataset", "write a slide dataset in the layout of another tool"),
+    "import-features": ("dre_slcl.training.import_features", "tile features of other tools as a dataset"),
     "publish": ("dre_slcl.hub.publish", "publish a model or a dataset on the Hugging Face Hub"),
     "demo": ("dre_slcl.training.demo.run_demo", "run everything on a small synthetic cohort, on a CPU, in minutes"),
 }

@@ -26,6 +26,7 @@ REASONS = frozenset(
         "not_a_file",
         "changed_during_run",
         "misaligned",
+        "geometry_mismatch",
     }
 )
 

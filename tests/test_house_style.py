@@ -17,7 +17,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 BANNED_CALLS = {"eval", "exec", "torch.save", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"}
 BANNED_METHODS = {"save_state", "load_state"}  # of Accelerator: not atomic, and pickles
-BANNED_OPTIONS = {"allow_pickle", "shell", "trust_remote_code", "weights_only"}
+BANNED_OPTIONS = {"allow_pickle", "shell", "trust_remote_code"}
 
 
 def parse(path):
@@ -42,8 +42,14 @@ def banned(tree):
             yield from ((node.lineno, name) for name in modules if name.split(".")[0] in BANNED_MODULES)
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if name in BANNED_CALLS or name.split(".")[-1] in BANNED_METHODS:
+            options = [ast.unparse(option) for option in node.keywords]
+            # `torch.load` reads plain tensors only if it is told so.
+            is_safe_load = name == "torch.load" and "weights_only=True" in options
+            if (name in BANNED_CALLS and not is_safe_load) or name.split(".")[-1] in BANNED_METHODS:
                 yield node.lineno, name
+            yield from (
+                (node.lineno, text) for text in options if text.startswith("weights_only=") and not is_safe_load
+            )
             for option in node.keywords:
                 if option.arg in BANNED_OPTIONS and ast.unparse(option.value) not in ("False", "None"):
                     yield node.lineno, f"{option.arg}={ast.unparse(option.value)}"
@@ -82,6 +88,7 @@ def test_a_shipped_file_keeps_the_house_rules(path):
     "code",
     [
         *("import pickle", "from joblib import load", "torch.save(x, path)", "eval(text)", "os.system('ls')"),
+        *("torch.load(path)", "torch.load(path, weights_only=flag)", "read(path, weights_only=False)"),
         *("np.load(path, allow_pickle=True)", "yaml.load(text)", "subprocess.run(line, shell=True)"),
         *("accelerator.save_state(path)", "AutoModel.from_pretrained(name, trust_remote_code=True)"),
     ],

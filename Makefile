@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEEDS ?= 0
 
-.PHONY: help demo test test-slow style
+.PHONY: help demo test test-slow reliability style
 help:
 	@echo "make demo       set up, then run everything on a small synthetic cohort (SEEDS=\"0 1 2\" for several)"
 	@echo "make test       set up, then run style checks and the default tests"
 	@echo "make test-slow  the tests that take long"
+	@echo "make reliability  kills, full disks, damaged and hostile slides, in large numbers; half an hour"
 	@echo "make style      format the code"
 
 $(VENV)/installed: pyproject.toml
@@ -27,6 +28,11 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow -n 2 --durations=10
+
+# The default counts: make reliability COUNTS=default
+COUNTS ?= large
+reliability: $(VENV)/installed
+	$(BIN)/python -m tests.reliability.run_all --counts $(COUNTS)
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .

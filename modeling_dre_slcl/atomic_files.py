@@ -139,7 +139,7 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also text that is not UTF-8, numbers without end
         raise ValueError(f"{path}: expected a JSON file, but it could not be parsed ({error}).") from error
 
 

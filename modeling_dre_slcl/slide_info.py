@@ -27,6 +27,8 @@ REASONS = frozenset(
         "changed_during_run",
         "misaligned",
         "geometry_mismatch",
+        "timeout",
+        "reader_aborted",
     }
 )
 

@@ -7,7 +7,7 @@ tables are read, never pixels. What is not a TIFF, or is fine, passes.
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,14 +16,19 @@ import numpy as np
 _MAX_SIDE_PX = 1 << 20
 _MAX_AREA_PX = 1 << 38
 _MAX_BLOCK_AREA_PX = 1 << 26
+_MAX_BLOCK_BYTES = 64 << 20
 _MAX_TABLE_BYTES = 64 << 20
+_MAX_ALL_TABLES_BYTES = 256 << 20
 _MAX_DIRECTORIES = 10_000
 _MAX_ENTRIES = 4096
 _WIDTH, _HEIGHT, _BLOCK_WIDTH, _BLOCK_HEIGHT = 256, 257, 322, 323
 _BLOCK_OFFSETS, _BLOCK_BYTES = 324, 325
 _STRIP_OFFSETS, _STRIP_BYTES = 273, 279
-# numpy's names of the TIFF field types that hold whole numbers: SHORT, LONG, LONG8, IFD8.
-_INTEGER_TYPES = {3: "u2", 4: "u4", 16: "u8", 18: "u8"}
+_NDPI_MARK = 65420
+# numpy's names of the TIFF field types that hold whole numbers: BYTE, SHORT, LONG, IFD, LONG8, IFD8, and the signed
+# ones, which libtiff accepts too; a negative size is as impossible as the huge one that it looks like here.
+_INTEGER_TYPES = {1: "u1", 3: "u2", 4: "u4", 6: "u1", 8: "u2", 9: "u4", 13: "u4", 16: "u8", 17: "u8", 18: "u8"}
+_NUMBERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,16 @@ class _Layout:
     count_format: str
     entry_bytes: int
     pointer_format: str
+    is_ndpi: bool = False
 
     @property
     def inline_bytes(self) -> int:
         return struct.calcsize(self.pointer_format)
+
+    @property
+    def link_format(self) -> str:
+        """How directories point to the next one; Hamamatsu's NDPI has 64 bits here in a file that is else classic."""
+        return self.order + "Q" if self.is_ndpi else self.pointer_format
 
 
 def check_tiff_header(path: str | Path) -> TiffProblem | None:
@@ -62,16 +73,16 @@ def check_tiff_header(path: str | Path) -> TiffProblem | None:
     Returns:
         `TiffProblem`, *optional*: the first problem found, or `None`.
     """
-    path = Path(path)
-    # NDPI looks like TIFF but has offsets of 64 bits split over two places.
-    if path.suffix.lower() == ".ndpi":
-        return None
     try:
-        with path.open("rb") as handle:
+        with Path(path).open("rb") as handle:
             file_bytes = handle.seek(0, 2)
             handle.seek(0)
             layout = _read_layout(handle.read(8))
-            return None if layout is None else _check_directories(handle, layout, file_bytes)
+            if layout is None:
+                return None
+            if _is_ndpi(handle, layout, file_bytes):
+                layout = replace(layout, is_ndpi=True)
+            return _check_directories(handle, layout, file_bytes)
     except (struct.error, EOFError):
         return TiffProblem("truncated", "the file ends within its header; copy it again")
     except OSError as error:
@@ -91,11 +102,29 @@ def _read_layout(start: bytes) -> _Layout | None:
     return None
 
 
+def _is_ndpi(handle: BinaryIO, layout: _Layout, file_bytes: int) -> bool:
+    """Whether a little-endian classic file has the mark of NDPI in its first directory, as OpenSlide decides it."""
+    if layout.pointer_format != "<I":
+        return False
+    try:
+        handle.seek(4)
+        offset = _read_number(handle, "<Q")
+        if offset >= file_bytes:
+            return False
+        handle.seek(offset)
+        num_entries = _read_number(handle, "<H")
+        fields = _parse_entries(layout, _read_exactly(handle, min(num_entries, _MAX_ENTRIES) * layout.entry_bytes))
+    except (struct.error, EOFError):
+        return False
+    return _NDPI_MARK in fields
+
+
 def _check_directories(handle: BinaryIO, layout: _Layout, file_bytes: int) -> TiffProblem | None:
     """Follows the chain of directories."""
     handle.seek(4 if layout.inline_bytes == 4 else 8)
-    offset = _read_number(handle, layout.pointer_format)
+    offset = _read_number(handle, layout.link_format)
     visited: set[int] = set()
+    table_bytes = 0
     while offset:
         if offset in visited:
             return TiffProblem("unreadable", "its directories form a loop: the file is damaged")
@@ -108,34 +137,36 @@ def _check_directories(handle: BinaryIO, layout: _Layout, file_bytes: int) -> Ti
         num_entries = _read_number(handle, layout.count_format)
         if num_entries > _MAX_ENTRIES:
             return TiffProblem("unreadable", f"a directory claims {num_entries} entries: the file is damaged")
-        entries = _read_exactly(handle, num_entries * layout.entry_bytes)
-        offset = _read_number(handle, layout.pointer_format)
-        problem = _check_directory(handle, layout, entries, file_bytes)
+        fields = _parse_entries(layout, _read_exactly(handle, num_entries * layout.entry_bytes))
+        offset = _read_number(handle, layout.link_format)
+        # Many directories may share one table: what counts is the work of reading it each time.
+        table_bytes += sum(_table_bytes(fields.get(tag)) for tag in _TABLE_TAGS)
+        if table_bytes > _MAX_ALL_TABLES_BYTES:
+            return TiffProblem("too_large", f"block tables of more than {_MAX_ALL_TABLES_BYTES} bytes in all")
+        problem = _check_sizes(layout, fields)
+        if problem is None and not layout.is_ndpi:  # whose block tables are for libraries that do not know NDPI
+            problem = _check_tables(layout, fields, file_bytes) or _check_blocks(handle, layout, fields, file_bytes)
         if problem is not None:
             return problem
     return None
 
 
-def _check_directory(handle: BinaryIO, layout: _Layout, entries: bytes, file_bytes: int) -> TiffProblem | None:
-    """Checks one image of the file."""
-    fields = _parse_entries(layout, entries)
-    numbers = {tag: _first_number(layout, fields[tag]) for tag in _SIZE_TAGS if tag in fields}
-    width, height = numbers.get(_WIDTH, 0), numbers.get(_HEIGHT, 0)
+def _check_sizes(layout: _Layout, fields: dict[int, "_Field"]) -> TiffProblem | None:
+    """Checks the size in pixels of one image of the file and of its blocks."""
+    width, height, block_width, block_height = (
+        _first_number(layout, fields[tag]) if tag in fields else 0 for tag in _SIZE_TAGS
+    )
     if max(width, height) > _MAX_SIDE_PX or width * height > _MAX_AREA_PX:
         return TiffProblem("too_large", f"an image of {width} x {height} px; at most {_MAX_SIDE_PX} a side are read")
-    block_width, block_height = numbers.get(_BLOCK_WIDTH, 0), numbers.get(_BLOCK_HEIGHT, 0)
     if block_width * block_height > _MAX_BLOCK_AREA_PX:
         return TiffProblem(
             "too_large", f"compressed in blocks of {block_width} x {block_height} px; convert it to blocks of 256 px"
         )
-    for tag in (_BLOCK_OFFSETS, _BLOCK_BYTES, _STRIP_OFFSETS, _STRIP_BYTES):
-        problem = _check_table(layout, fields.get(tag), file_bytes)
-        if problem is not None:
-            return problem
-    return _check_blocks(handle, layout, fields, file_bytes)
+    return None
 
 
 _SIZE_TAGS = (_WIDTH, _HEIGHT, _BLOCK_WIDTH, _BLOCK_HEIGHT)
+_TABLE_TAGS = (_BLOCK_OFFSETS, _BLOCK_BYTES, _STRIP_OFFSETS, _STRIP_BYTES)
 # Field type, number of values, and the bytes that hold the value or point to it.
 _Field = tuple[int, int, bytes]
 
@@ -166,45 +197,65 @@ def _fits(field: _Field) -> bool:
     return count * np.dtype(_INTEGER_TYPES[kind]).itemsize <= len(value)
 
 
-def _check_table(layout: _Layout, field: _Field | None, file_bytes: int) -> TiffProblem | None:
-    """Checks the size and place of a table of offsets or byte counts."""
+def _table_bytes(field: _Field | None) -> int:
+    """Bytes that a table of whole numbers takes elsewhere in the file."""
     if field is None or field[0] not in _INTEGER_TYPES or _fits(field):
-        return None
-    table_bytes = field[1] * np.dtype(_INTEGER_TYPES[field[0]]).itemsize
-    if table_bytes > _MAX_TABLE_BYTES:
-        return TiffProblem("too_large", f"a block table of {table_bytes} bytes; at most {_MAX_TABLE_BYTES} are read")
-    end = struct.unpack(layout.pointer_format, field[2])[0] + table_bytes
-    return TiffProblem("truncated", _describe_missing("a block table", end, file_bytes)) if end > file_bytes else None
+        return 0
+    return field[1] * np.dtype(_INTEGER_TYPES[field[0]]).itemsize
+
+
+def _check_tables(layout: _Layout, fields: dict[int, _Field], file_bytes: int) -> TiffProblem | None:
+    """Checks the sizes and places of the tables of offsets and byte counts."""
+    for tag in _TABLE_TAGS:
+        table_bytes = _table_bytes(fields.get(tag))
+        if table_bytes > _MAX_TABLE_BYTES:
+            return TiffProblem(
+                "too_large", f"a block table of {table_bytes} bytes; at most {_MAX_TABLE_BYTES} are read"
+            )
+        if table_bytes:
+            end = struct.unpack(layout.pointer_format, fields[tag][2])[0] + table_bytes
+            if end > file_bytes:
+                return TiffProblem("truncated", _describe_missing("a block table", end, file_bytes))
+    return None
 
 
 def _check_blocks(handle: BinaryIO, layout: _Layout, fields: dict[int, _Field], file_bytes: int) -> TiffProblem | None:
-    """Checks that every compressed block of a tiled image lies inside the file. Empty blocks may point anywhere."""
+    """Checks that every compressed block of a tiled image has a possible size and lies inside the file."""
     if _BLOCK_OFFSETS not in fields or _BLOCK_BYTES not in fields:
         return None
-    offsets = _read_table(handle, layout, fields[_BLOCK_OFFSETS])
-    sizes = _read_table(handle, layout, fields[_BLOCK_BYTES])
-    if offsets.size != sizes.size or offsets.size == 0:
+    offsets, sizes = fields[_BLOCK_OFFSETS], fields[_BLOCK_BYTES]
+    if offsets[1] != sizes[1] or offsets[0] not in _INTEGER_TYPES or sizes[0] not in _INTEGER_TYPES:
         return None
-    # Compared as a difference: the sum of two 64-bit numbers could wrap around.
-    beyond = (sizes > 0) & ((offsets > file_bytes) | (sizes > file_bytes - np.minimum(offsets, file_bytes)))
-    if not beyond.any():
+    num_beyond, furthest = 0, 0
+    for start in range(0, sizes[1], _NUMBERS_AT_ONCE):
+        block_offsets = _read_numbers(handle, layout, offsets, start)
+        block_sizes = _read_numbers(handle, layout, sizes, start)
+        if block_sizes.max() > _MAX_BLOCK_BYTES:
+            return TiffProblem(
+                "too_large", f"a block of {block_sizes.max()} compressed bytes; at most {_MAX_BLOCK_BYTES} are read"
+            )
+        # Compared as a difference: the sum of two 64-bit numbers could wrap around. Empty blocks may point anywhere.
+        room = file_bytes - np.minimum(block_offsets, np.uint64(file_bytes))
+        beyond = (block_sizes > 0) & (block_sizes > room)
+        if beyond.any():
+            num_beyond += int(beyond.sum())
+            furthest = max(furthest, int(block_offsets[beyond].max()) + int(block_sizes[beyond].max()))
+    if not num_beyond:
         return None
-    end = int(offsets[beyond].max()) + int(sizes[beyond].max())
     return TiffProblem(
-        "truncated", f"{int(beyond.sum())} of its blocks: " + _describe_missing("pixel data", end, file_bytes)
+        "truncated", f"{num_beyond} of its blocks: " + _describe_missing("pixel data", furthest, file_bytes)
     )
 
 
-def _read_table(handle: BinaryIO, layout: _Layout, field: _Field) -> np.ndarray:
-    """Reads a table of whole numbers, uint64 (n,); empty if it is of another type."""
+def _read_numbers(handle: BinaryIO, layout: _Layout, field: _Field, start: int) -> np.ndarray:
+    """Reads a part of a table of whole numbers from its `start`-th on, uint64 (n,)."""
     kind, count, value = field
-    if kind not in _INTEGER_TYPES:
-        return np.empty(0, dtype=np.uint64)
     dtype = np.dtype(layout.order + _INTEGER_TYPES[kind])
+    num = min(count - start, _NUMBERS_AT_ONCE)
     if not _fits(field):
-        handle.seek(struct.unpack(layout.pointer_format, value)[0])
-        value = _read_exactly(handle, count * dtype.itemsize)
-    return np.frombuffer(value, dtype=dtype, count=count).astype(np.uint64)
+        handle.seek(struct.unpack(layout.pointer_format, value)[0] + start * dtype.itemsize)
+        value = _read_exactly(handle, num * dtype.itemsize)
+    return np.frombuffer(value, dtype=dtype, count=num).astype(np.uint64)
 
 
 def _read_number(handle: BinaryIO, number_format: str) -> int:

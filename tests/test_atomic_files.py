@@ -134,7 +134,7 @@ def test_json_round_trip_keeps_order_and_refuses_nan(tmp_path):
     assert names(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"[" * 200_000, b"1" * 5000])
 def test_broken_json_names_the_file(tmp_path, content):
     path = tmp_path / "broken.json"
     path.write_bytes(content)

@@ -5,6 +5,7 @@ import collections
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -278,3 +279,36 @@ def test_real_manifest():
     assert len(rows) == 20
     assert all(row.path.is_file() and row.report for row in rows)
     assert {type(row.labels["neoplastic"]) for row in rows} == {int}
+
+
+def test_names_that_are_no_text_are_refused_before_any_work(tmp_path):
+    """A file system allows any bytes; a dataset stores text."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    try:
+        os.mkdir(folder)  # noqa: PTH102 - the name is no text
+    except OSError:
+        pytest.skip("this file system takes only text")
+    with open(folder + b"/a.svs", "wb"):  # noqa: PTH123
+        pass
+    with pytest.raises(ValueError, match=r"must be UTF-8.*'caf\\udce9/a.svs'"):
+        read_manifest(tmp_path)
+
+
+def test_parquet_that_stands_for_gigabytes_is_refused_by_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("dre_slcl.training.manifest_table._MAX_TABLE_BYTES", 100_000)
+    path = tmp_path / "manifest.parquet"
+    table = {"slide_id": [f"s{i}" for i in range(100)], "path": [f"s{i}.svs" for i in range(100)]}
+    pd.DataFrame({**table, "report": ["x" * 500] * 100}).to_parquet(path)
+    assert len(read_manifest(path)) == 100
+    pd.DataFrame({**table, "report": ["x" * 5000] * 100}).to_parquet(path)
+    assert path.stat().st_size < 20_000  # the text is there once
+    with pytest.raises(ValueError, match=r"manifest.parquet: \d{6} bytes are too much"):
+        read_manifest(path)
+
+
+def test_a_table_that_is_no_file_or_no_parquet_is_named(tmp_path):
+    (tmp_path / "device.csv").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"device.csv: expected a regular file"):
+        read_manifest(tmp_path / "device.csv")
+    with pytest.raises(ValueError, match=r"a.parquet: expected a Parquet file"):
+        read_manifest(write(tmp_path, "slide_id,path\n", "a.parquet"))

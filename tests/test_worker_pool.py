@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers may die, raise and be orphaned; the others and the parent go on."""
 
+import importlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from dre_slcl.training.worker_pool import WorkerCrash, run_in_workers
+from dre_slcl.training.worker_pool import WorkerCrash, WorkerTimeout, run_in_workers
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
@@ -49,13 +50,92 @@ def test_running_script_is_not_imported_by_workers(tmp_path):
 
 
 def test_worker_that_cannot_start_is_an_error_not_a_crash_of_each_task():
-    with pytest.raises(RuntimeError, match=r"could not start \(exit code -6\)"):
+    with pytest.raises(RuntimeError, match=r"could not start \(exit code -6, SIGABRT\)"):
         list(run_in_workers(math.factorial, [1, 2], num_workers=1, initializer=os.abort))
 
 
 def test_error_is_raised_in_the_parent():
     with pytest.raises(ValueError, match="not defined for negative"):
         list(run_in_workers(math.factorial, [3, -1], num_workers=1))
+
+
+TASKS = """
+import logging, os, time, warnings
+from dre_slcl.training.worker_process import report_progress
+
+def say_and_die(text):
+    os.write(2, text.encode())
+    os.abort()
+
+def be_noisy(size):
+    os.write(2, b"x" * size)
+    return size
+
+def crawl(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        report_progress()
+    return seconds
+
+def warn(text):
+    logging.getLogger("a.b").info("not this")
+    logging.getLogger("a.b").warning("this: %s", text)
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    (tmp_path / "some_tasks.py").write_text(TASKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("some_tasks")
+
+
+def test_a_hang_costs_its_task_only():
+    start = time.perf_counter()
+    results = dict(run_in_workers(time.sleep, [0, 600, 0, 600, 0], num_workers=2, deadline_seconds=1))
+    assert {i: type(result) for i, result in results.items() if result is not None} == dict.fromkeys(
+        [1, 3], WorkerTimeout
+    )
+    assert len(results) == 5
+    assert all(results[i].seconds >= 1 and results[i].exit_code == -signal.SIGKILL for i in (1, 3))
+    assert time.perf_counter() - start < 60
+
+
+def test_progress_keeps_a_long_task_alive(tasks):
+    assert list(run_in_workers(tasks.crawl, [4], num_workers=1, deadline_seconds=2)) == [(0, 4)]
+
+
+def test_time_in_which_nobody_listens_is_no_silence(tasks):
+    found = []
+    for _, result in run_in_workers(tasks.crawl, [0, 0, 1], num_workers=2, deadline_seconds=1.5):
+        found.append(result)
+        time.sleep(2)
+    assert found == [0, 0, 1]
+
+
+def test_greed_is_an_error_or_a_crash_of_one_task():
+    with pytest.raises(MemoryError):
+        list(run_in_workers(bytearray, [1 << 20, 3 << 30], num_workers=1, memory_bytes=1 << 30))
+
+
+def test_last_words_explain_a_crash(tasks):
+    ((_, crash),) = run_in_workers(tasks.say_and_die, ["first\nGLib: failed to allocate\x1b[31m\n\n"], num_workers=1)
+    assert crash == WorkerCrash(-signal.SIGABRT, "GLib: failed to allocate[31m")
+    assert str(crash) == ("the process that read the slide died (exit code -6, SIGABRT): GLib: failed to allocate[31m")
+
+
+def test_noise_on_standard_error_neither_blocks_nor_reaches_ours(tasks, capfd):
+    sizes = [0, 5_000_000, 7]
+    assert dict(run_in_workers(tasks.be_noisy, sizes, num_workers=1)) == dict(enumerate(sizes))
+    assert capfd.readouterr().err == ""
+
+
+def test_warnings_of_workers_reach_our_log(tasks, caplog):
+    list(run_in_workers(tasks.warn, ["50%"], num_workers=1))
+    assert [(record.name, record.levelname, record.message) for record in caplog.records] == [
+        ("a.b", "WARNING", "this: 50%")
+    ]
 
 
 def test_workers_end_when_the_caller_stops_early():

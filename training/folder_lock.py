@@ -3,6 +3,7 @@
 
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,19 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise BlockingIOError(f"{folder}: another process is writing here; wait for it or choose another.") from error
+        raise BlockingIOError(
+            f"{folder}: another process is writing here{_describe_holder(descriptor)}; wait for it or choose another."
+        ) from error
     except OSError as error:
         logger.warning("%s: cannot be locked (%s); make sure that no other process writes here.", folder, error)
+
+
+def _describe_holder(descriptor: int) -> str:
+    """Names the process that holds the lock, where the system lists locks; one on another machine is not listed."""
+    inode = f":{os.fstat(descriptor).st_ino}"
+    try:
+        locks = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return ""
+    pids = [lock[4] for lock in locks if lock[1] == "FLOCK" and lock[5].endswith(inode)]
+    return f" (process {pids[0]} on {platform.node()})" if pids else ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .manifest_checks import SPLIT_ALIASES, check_case_splits, check_cells, check_ids, raise_offenders
+from .manifest_checks import SPLIT_ALIASES, check_case_splits, check_cells, check_ids, check_paths, raise_offenders
 from .manifest_table import MISSING, Label, label_column, read_table, table_of_dataset, text_column
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def read_manifest(
     else:
         rows = _rows_of_table(read_table(Path(source)), Path(source).parent, root)
     check_ids([row.slide_id for row in rows], [row.stored_path for row in rows])
+    check_paths([row.stored_path for row in rows])
     check_case_splits((row.case_id, row.split) for row in rows)
     return rows
 

@@ -74,6 +74,16 @@ def check_ids(slide_ids: Sequence[str], places: Sequence[str | Path]) -> None:
     )
 
 
+def check_paths(stored_paths: Sequence[str]) -> None:
+    """Checks that paths can be stored as text, which names of files in another encoding than UTF-8 cannot.
+
+    Raises:
+        ValueError: naming every such path.
+    """
+    wrong = [repr(path) for path in stored_paths if any(0xD800 <= ord(char) < 0xE000 for char in path)]
+    raise_offenders("Paths must be UTF-8; rename the file or the folder, or start further down (--slides-root)", wrong)
+
+
 def check_case_splits(case_splits: Iterable[tuple[str, str | None]]) -> None:
     """Checks that no case is in two splits.
 

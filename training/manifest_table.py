@@ -9,6 +9,7 @@ import datetime as dt
 import decimal
 import math
 import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ MISSING = frozenset({"", "na", "n/a", "nan", "null", "#n/a"})
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 _NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _MAX_FIELD_CHARS = 16 << 20
+_MAX_TABLE_BYTES = 2 << 30
+_MAX_CELLS = 20_000_000
+_MAX_HEADER_CHARS = 1 << 20
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
@@ -36,18 +40,58 @@ def read_table(path: Path) -> dict[str, list[Any]]:
         ValueError: if the file is of another type, is no UTF-8 table, is empty, or has rows of different lengths.
     """
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return pq.read_table(path).to_pydict()
-    if suffix not in {".csv", ".tsv"}:
+    if suffix not in {".csv", ".tsv", ".parquet"}:
         raise ValueError(f"{path}: expected a folder of slides or a .csv, .tsv or .parquet table.")
+    _check_file(path)
+    if suffix == ".parquet":
+        return _read_parquet(path)
     lines = _read_lines(path, "\t" if suffix == ".tsv" else _delimiter(path))
     header = [name.strip() for name in lines[0]]
     raise_offenders(f"{path}: columns must differ", [repr(name) for name, n in Counter(header).items() if n > 1])
     wrong = [f"row {i}: {len(line)} fields" for i, line in enumerate(lines[1:], 1) if len(line) != len(header)]
     raise_offenders(f"{path}: expected {len(header)} fields in every row (quote text that holds commas)", wrong)
     return {name: [line[i] for line in lines[1:]] for i, name in enumerate(header)}
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what would be read for ever (a device, a pipe) or could not be held in memory."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: expected a regular file.")
+    _check_size(path, status.st_size)
+
+
+def _check_size(path: Path, num_bytes: int) -> None:
+    if num_bytes > _MAX_TABLE_BYTES:
+        raise ValueError(f"{path}: {num_bytes} bytes are too much for a list of slides; at most {_MAX_TABLE_BYTES}.")
+
+
+def _read_parquet(path: Path) -> dict[str, list[Any]]:
+    """Reads a Parquet file, in which a few bytes may stand for gigabytes: sizes are added up before they are made."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            num_values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+            if num_values > _MAX_CELLS:
+                raise ValueError(
+                    f"{path}: {num_values} cells are too many for a list of slides; at most {_MAX_CELLS}."
+                )
+            _check_size(path, sum(group.total_byte_size for group in groups))
+            names = file.schema_arrow.names
+        table = pq.read_table(path, read_dictionary=names)  # which concerns texts only
+        text_bytes = 0
+        for chunk in (chunk for column in table.columns for chunk in column.chunks):
+            if pa.types.is_dictionary(chunk.type):
+                lengths = pc.take(pc.binary_length(chunk.dictionary), chunk.indices)
+                text_bytes += pc.sum(pc.cast(lengths, pa.int64())).as_py() or 0
+        _check_size(path, text_bytes)
+        return table.to_pydict()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: expected a Parquet file, but it could not be read ({error}).") from error
 
 
 def _read_lines(path: Path, delimiter: str) -> list[list[str]]:
@@ -67,7 +111,7 @@ def _read_lines(path: Path, delimiter: str) -> list[list[str]]:
 
 def _delimiter(path: Path) -> str:
     with path.open(encoding="utf-8-sig", errors="replace") as handle:
-        header = handle.readline()
+        header = handle.readline(_MAX_HEADER_CHARS)
     return ";" if ";" in header and "," not in header else ","  # spreadsheets of some locales write semicolons
 
 

@@ -27,7 +27,7 @@ _PLACE = "path/or/repository"  # what a dataset's card writes where its place be
 # What a build leaves in its folder, or a download, and what is not for publishing.
 _STAYS_BEHIND = frozenset(
     [
-        *(".parts", "refused.jsonl", "summary.json", "summary.md", "previews", "thumbnails"),
+        *(".parts", "refused.jsonl", "summary.json", "summary.md", "previews", "thumbnails", "masks"),
         *(".gitattributes", ".cache"),
     ]
 )

@@ -27,6 +27,9 @@ REASONS = frozenset(
         "changed_during_run",
         "misaligned",
         "geometry_mismatch",
+        "mask_missing",
+        "mask_unusable",
+        "coordinates_missing",
         "timeout",
         "reader_aborted",
     }

@@ -14,13 +14,14 @@ Colours are those of the file; an embedded ICC profile is not applied, as is usu
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from .pixel_areas import composite, cut_length, reduce_area
 from .slide_file import check_regular_file, slide_fingerprint
 from .slide_info import NATIVE_TOLERANCE, REASONS, SlideError, SlideInfo, make_slide_info
 from .tiff_header import check_tiff_header
@@ -69,6 +70,8 @@ class SlideReader:
         mpp (`float`, *optional*): resolution of level 0, um/px, used instead of what the file says.
         cache_bytes (`int`, *optional*): memory for decoded tiles of the file, for tiles that do not coincide with
             them.
+        on_read (`Callable[[], None]`, *optional*): called after each region that was read, of which large overviews
+            have many.
 
     Raises:
         SlideError: if the slide is refused; its reason says why.
@@ -89,10 +92,12 @@ class SlideReader:
         slide_id: str | None = None,
         mpp: float | None = None,
         cache_bytes: int = CACHE_BYTES,
+        on_read: Callable[[], None] | None = None,
     ) -> None:
         _require_packages()
         path = Path(path)
         self._overview: tuple[np.ndarray, float] | None = None
+        self._on_read = on_read
         self._tiles: TiffTiles | None = None
         self._trusted_levels: dict[int, bool] = {}
         self._plans: dict[float, _Plan] = {}
@@ -259,8 +264,8 @@ class SlideReader:
         level, level_downsample, ratio = plan
         start_x, start_y = round(x / level_downsample), round(y / level_downsample)
         block = max(1, int(_MAX_READ_PX / ratio))
-        for top, bottom in _blocks(out.shape[0], block):
-            for left, right in _blocks(out.shape[1], block):
+        for top, bottom in cut_length(out.shape[0], block):
+            for left, right in cut_length(out.shape[1], block):
                 left_px, top_px = round(left * ratio), round(top * ratio)
                 width, height = max(1, round(right * ratio) - left_px), max(1, round(bottom * ratio) - top_px)
                 target = out[top:bottom, left:right]
@@ -273,7 +278,9 @@ class SlideReader:
                 if not self._read_tiles(level, x_px, y_px, pixels):
                     self._read_openslide(level, x_px, y_px, pixels)
                 if pixels is not target:
-                    _resample(pixels, target)
+                    reduce_area(pixels, target)
+                if self._on_read is not None:
+                    self._on_read()
 
     def _read_tiles(self, level: int, x: int, y: int, out: np.ndarray, factor: int = 1) -> bool:
         """Reads `out`, uint8 RGB `(h, w, 3)`, from `(x, y)` of a level through the file's own tiles, if they serve."""
@@ -294,7 +301,7 @@ class SlideReader:
         origin = round((x + left) * downsample), round((y + top) * downsample)
         with _openslide_errors(self.info.slide_id, self.info.path):
             rgba = np.asarray(self._slide.read_region(origin, level, (part.shape[1], part.shape[0])))
-        part[:] = _composite(rgba, self.info.background_rgb)
+        part[:] = composite(rgba, self.info.background_rgb)
 
     def _trusts_tiles(self, level: int, x: int, y: int) -> bool:
         """Whether the file's own tiles of a level may be used: decided once, at a tile near `(x, y)` of the level."""
@@ -356,24 +363,6 @@ def _error_reason(error: "openslide.OpenSlideError") -> str:
     return "truncated" if any(sign in detail for sign in _TRUNCATED_SIGNS) else "unreadable"
 
 
-def _composite(rgba: np.ndarray, background_rgb: tuple[int, int, int]) -> np.ndarray:
-    """Lays uint8 RGBA `(h, w, 4)` over a colour; returns uint8 RGB `(h, w, 3)`."""
-    alpha = rgba[..., 3:]
-    if alpha.min() == 255:
-        return cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
-    # 255 * 255 + 127 still fits into 16 bits.
-    weight = alpha.astype(np.uint16)
-    under = np.array(background_rgb, dtype=np.uint16) * (255 - weight)
-    return ((rgba[..., :3] * weight + under + 127) // 255).astype(np.uint8)
-
-
-def _resample(pixels: np.ndarray, out: np.ndarray) -> None:
-    """Reduces uint8 `(h, w, 3)` to the size of `out` by area averaging, or magnifies it (by a few percent)."""
-    height, width = out.shape[:2]
-    reduces = pixels.shape[0] >= height and pixels.shape[1] >= width
-    cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_AREA if reduces else cv2.INTER_LINEAR)
-
-
 def _is_native(downsample: float, level_downsample: float) -> bool:
     """Whether a level is so close to the wanted resolution that its pixels are used as they are."""
     return abs(downsample / level_downsample - 1) <= NATIVE_TOLERANCE
@@ -389,8 +378,3 @@ def _whole_start(position: int, tile_px: int, length_px: int, downsample: float)
 def _shift_px(position: int, downsample: float) -> float:
     """How far the nearest whole level-0 pixel is from a position of a level, pixels of the level."""
     return abs(position * downsample - round(position * downsample)) / downsample
-
-
-def _blocks(length: int, block: int) -> list[tuple[int, int]]:
-    """Cuts `range(length)` into runs of at most `block`: (start, stop) pairs."""
-    return [(start, min(start + block, length)) for start in range(0, length, block)]

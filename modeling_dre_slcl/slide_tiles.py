@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .slide_reader import SlideError, SlideReader
 from .tile_grid import TileGrid, TileGridConfig, make_tile_grid, tile_size_at_level0
-from .tissue import tissue_mask
+from .tissue import TISSUE_METHODS, tissue_mask
 
 try:
     import cv2
@@ -33,12 +33,13 @@ _CACHE_BYTES = 192 << 20
 _GRID_RGB = (20, 120, 20)
 
 
-def tile_slide(reader: SlideReader, config: TileGridConfig) -> TileGrid:
+def tile_slide(reader: SlideReader, config: TileGridConfig, *, tissue: str = TISSUE_METHODS[0]) -> TileGrid:
     """Finds the tissue of an open slide and lays the tile grid over it.
 
     Args:
         reader (`SlideReader`): the open slide.
         config (`TileGridConfig`): size, resolution and stride of the tiles, and how much tissue they need.
+        tissue (`str`, *optional*): how tissue is found, one of `TISSUE_METHODS`.
 
     Returns:
         `TileGrid`: at least one tile.
@@ -47,10 +48,28 @@ def tile_slide(reader: SlideReader, config: TileGridConfig) -> TileGrid:
         SlideError: `mpp_too_coarse` if tiles would have to be magnified by more than 5%, `no_tissue` if no tile has
             enough tissue, or what reading the slide raises.
     """
-    info = reader.info
     reader.check_resolution(config.tile_mpp)
     overview_rgb, downsample = reader.read_overview(config.mask_mpp)
-    mask = tissue_mask(overview_rgb, info.mpp * downsample)
+    return tile_mask(reader, tissue_mask(overview_rgb, reader.info.mpp * downsample, tissue), downsample, config)
+
+
+def tile_mask(reader: SlideReader, mask: np.ndarray, downsample: float, config: TileGridConfig) -> TileGrid:
+    """Lays the tile grid of an open slide over a tissue mask.
+
+    Args:
+        reader (`SlideReader`): the open slide.
+        mask (`np.ndarray` of shape `(h, w)`, bool): True where there is tissue; covers the slide's bounds.
+        downsample (`float`): level-0 pixels per pixel of the mask.
+        config (`TileGridConfig`): size, resolution and stride of the tiles, and how much tissue they need.
+
+    Returns:
+        `TileGrid`: at least one tile.
+
+    Raises:
+        SlideError: `mpp_too_coarse` or `no_tissue`, see `tile_slide`.
+    """
+    info = reader.info
+    reader.check_resolution(config.tile_mpp)
     grid = make_tile_grid(
         mask,
         mask_downsample=downsample,

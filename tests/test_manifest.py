@@ -211,10 +211,16 @@ def test_long_report_and_strange_text_survive(tmp_path):
     assert read_manifest(tmp_path / "a.csv")[0].report == report
 
 
-def test_unused_mask_column_is_no_label(tmp_path, caplog):
-    (row,) = read_manifest(write(tmp_path, "slide_id,path,mask\na,a.svs,m.png\n"))
-    assert row.labels == {}
-    assert "mask" in caplog.text
+def test_a_mask_column_names_files_and_is_no_label(tmp_path):
+    rows = read_manifest(write(tmp_path, "slide_id,path,mask_path\na,a.svs,masks/a.png\nb,b.svs,\n"))
+    assert [row.labels for row in rows] == [{}, {}]
+    assert [row.mask_path for row in rows] == [tmp_path / "masks" / "a.png", None]
+
+
+def test_masks_outside_of_the_slides_root_are_refused(tmp_path):
+    table = write(tmp_path, "slide_id,path,mask\na,a.svs,../a.png\n")
+    with pytest.raises(ValueError, match=r"row 1: mask .*a\.png"):
+        read_manifest(table, slides_root=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -195,10 +195,10 @@ def test_senseless_overrides_are_refused(slide, override):
 
 
 def test_transparent_pixels_show_the_background_colour():
-    from modeling_dre_slcl.slide_reader import _composite
+    from modeling_dre_slcl.pixel_areas import composite
 
     rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [100, 200, 0, 128]]], dtype=np.uint8)
-    assert _composite(rgba, (240, 230, 220))[0].tolist() == [[10, 20, 30], [240, 230, 220], [170, 215, 110]]
+    assert composite(rgba, (240, 230, 220))[0].tolist() == [[10, 20, 30], [240, 230, 220], [170, 215, 110]]
 
 
 def refuse(path, **arguments):

@@ -25,7 +25,7 @@ from .build_options import BuildOptions
 from .build_progress import BuildProgress
 from .build_records import BuildSummary, refused_lines, summarise
 from .build_tiling import POLL_SECONDS, tile_slides
-from .dataset_commit import PARTS_NAME, finish_dataset
+from .dataset_commit import OWN_SUFFIXES, PARTS_NAME, finish_dataset
 from .dataset_info import DATASET_INFO_NAME, hash_json, read_dataset_info
 from .dataset_reuse import restore_parts
 from .dataset_writer import SlideEntry
@@ -36,7 +36,8 @@ from .parquet_join import slice_table
 from .private_ids import hide_ids
 from .slide_claims import BuildMember, release_claim, take_claim
 from .slide_part import PartRecord, SlideTask, find_part, forget_refusal, table_path
-from .slide_tasks import fingerprint_slides, make_tasks
+from .slide_tasks import fingerprint_slides, guide_content, make_tasks
+from .tile_guides import add_guides
 
 if TYPE_CHECKING:
     import datasets
@@ -57,6 +58,8 @@ def build_dataset(
     seed: int = 0,
     share: tuple[int, int] | None = None,
     private_ids: str | Path | None = None,
+    mask_dir: str | Path | None = None,
+    coordinates: str | Path | None = None,
     **options: Any,
 ) -> BuildSummary:
     """Tiles slides into a slide dataset.
@@ -73,6 +76,10 @@ def build_dataset(
             datasets are put together by `join_datasets`.
         private_ids (`str` or `Path`, *optional*): hash the names of slides and cases, and keep the key and what
             belongs to what in this file; see `hide_ids`.
+        mask_dir (`str` or `Path`, *optional*): folder with a tissue mask for every slide, named after it; see
+            `read_mask`. Masks in the manifest go before these.
+        coordinates (`str` or `Path`, *optional*): output folder of TRIDENT, CLAM, AtlasPatch, STAMP or slide2vec;
+            the tiles are those that it laid, see `read_coordinates`.
         options: further fields of `BuildOptions`.
 
     Returns:
@@ -91,6 +98,7 @@ def build_dataset(
     rows = assign_splits(rows, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
     out_dir = Path(out_dir)
     check_out_dir(out_dir)
+    rows = add_guides(rows, mask_dir=mask_dir, coordinates=coordinates)
     if private_ids is not None:
         rows = hide_ids(rows, Path(private_ids), out_dir=out_dir)
     info: dict[str, Any] = {}
@@ -113,11 +121,14 @@ def check_out_dir(out_dir: Path) -> None:
     """Refuses to write a dataset into a folder of something else.
 
     Raises:
-        ValueError: if the folder is not new, empty, or of an earlier build.
+        ValueError: if the folder is not new, empty, or of an earlier build, or a folder in it is a link.
     """
     is_ours = (out_dir / DATASET_INFO_NAME).is_file() or (out_dir / PARTS_NAME).is_dir()
     if out_dir.exists() and not is_ours and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir}: expected a new or empty folder, or a slide dataset of an earlier build.")
+    links = [name for name in (PARTS_NAME, *OWN_SUFFIXES) if (out_dir / name).is_symlink()]
+    if links:
+        raise ValueError(f"{out_dir}: {', '.join(links)} must be folders, not links to somewhere else.")
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,10 @@ def hash_build(
         extra_info (`Mapping[str, Any]`): what is added to the dataset's info file.
     """
     slides = [
-        [row.slide_id, row.stored_path, row.case_id, options.mpp_of(row.mpp), row.report, row.split, row.labels]
+        [
+            *(row.slide_id, row.stored_path, row.case_id, options.mpp_of(row.mpp)),
+            *(row.report, row.split, row.labels, guide_content(row)),
+        ]
         for row in rows
     ]
     return hash_json([options.to_dict(), slides, [fingerprints[row.slide_id] for row in rows], dict(extra_info)])

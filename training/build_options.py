@@ -4,8 +4,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from modeling_dre_slcl.mask_geojson import MASK_FRAMES
 from modeling_dre_slcl.slide_info import MAX_MPP, MIN_MPP
 from modeling_dre_slcl.tile_grid import TileGridConfig
+from modeling_dre_slcl.tissue import TISSUE_METHODS
 
 SHARD_BYTES = 500 << 20
 PIXELS = ("copy", "encode", "none")
@@ -25,6 +27,9 @@ class BuildOptions:
         misaligned (`str`, defaults to `"encode"`): with `pixels="copy"`, whether tiles that cannot be copied are
             encoded, or (`"refuse"`) their slide is refused.
         jpeg_quality (`int`, defaults to 90): 1-100, of tiles that are encoded.
+        tissue (`str`, defaults to `"stain"`): how tissue is found, one of `TISSUE_METHODS`; slides with a mask or
+            coordinates of their own keep those.
+        mask_frame (`str`, defaults to `"qupath"`): one of `MASK_FRAMES`: where positions in masks count from.
         slide_mpp (`float`, *optional*): micrometres per level-0 pixel, instead of the files' own value, for all slides
             whose manifest row gives none.
         num_workers (`int`, *optional*): processes that tile slides; default: one per core; 0: none, in this process.
@@ -43,6 +48,8 @@ class BuildOptions:
     pixels: str = "encode"
     misaligned: str = "encode"
     jpeg_quality: int = 90
+    tissue: str = "stain"
+    mask_frame: str = "qupath"
     slide_mpp: float | None = None
     num_workers: int | None = None
     license_name: str = "unknown"
@@ -57,6 +64,10 @@ class BuildOptions:
             raise ValueError(f"pixels: expected one of {', '.join(PIXELS)}, found {self.pixels!r}.")
         if self.misaligned not in MISALIGNED:
             raise ValueError(f"misaligned: expected one of {', '.join(MISALIGNED)}, found {self.misaligned!r}.")
+        if self.tissue not in TISSUE_METHODS:
+            raise ValueError(f"tissue: expected one of {', '.join(TISSUE_METHODS)}, found {self.tissue!r}.")
+        if self.mask_frame not in MASK_FRAMES:
+            raise ValueError(f"mask_frame: expected one of {', '.join(MASK_FRAMES)}, found {self.mask_frame!r}.")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"jpeg_quality: expected 1 to 100, found {self.jpeg_quality}.")
         if self.slide_mpp is not None and not MIN_MPP <= self.slide_mpp <= MAX_MPP:
@@ -69,6 +80,7 @@ class BuildOptions:
     def parameters(self) -> dict[str, Any]:
         """Returns everything that the tiles of a slide depend on."""
         grid = {**asdict(self.grid_config), "stride_px": self.grid_config.effective_stride_px}
+        grid |= {"tissue": self.tissue, "mask_frame": self.mask_frame}
         pixels = {
             "none": {"pixels": "none"},
             "encode": {"pixels": "encode", "jpeg_quality": self.jpeg_quality},

@@ -15,6 +15,9 @@ from .worker_pool import WorkerCrash, run_in_workers
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+# A worker tells of every tile; opening, looking for tissue and writing a group of tiles go without a word.
+DEADLINE_SECONDS = 300.0
+WORKER_MEMORY_BYTES = 4 << 30
 
 
 def tile_slides(
@@ -78,7 +81,12 @@ def _tile_free(
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     taken = []
     results = run_in_workers(
-        tile_in_worker, tasks, num_workers=min(num_workers, len(tasks)), initializer=prepare_worker
+        tile_in_worker,
+        tasks,
+        num_workers=min(num_workers, len(tasks)),
+        initializer=prepare_worker,
+        deadline_seconds=DEADLINE_SECONDS,
+        memory_bytes=WORKER_MEMORY_BYTES,
     )
     for index, result in results:
         task = tasks[index]
@@ -93,8 +101,7 @@ def _tile_free(
 
 
 def _refuse_crashed(task: SlideTask, crash: WorkerCrash, member: BuildMember) -> PartRecord:
-    message = f"the process that read the slide died (exit code {crash.exit_code})"
-    record = refuse_slide(task, "reader_aborted", message)
+    record = refuse_slide(task, crash.reason, str(crash))
     write_record(task.parts_dir, record)
     release_claim(task.parts_dir, task.slide_id, member.name)
     return record

@@ -17,15 +17,17 @@ from modeling_dre_slcl.atomic_files import read_json, sync_path, sync_tree, temp
 
 from .build_options import BuildOptions
 from .build_records import BuildSummary, refused_lines, summary_text, versions
-from .dataset_card import write_card
+from .contact_sheet import SheetEntry, write_contact_sheet
+from .dataset_card import CONTACT_SHEET, write_card
 from .dataset_info import DATASET_INFO_NAME, check_files, write_dataset_info
 from .dataset_writer import SlideEntry, count_tiles, link_or_copy, write_tables
 from .slide_pictures import PICTURE_SUFFIXES, picture_names
+from .slide_tasks import guide_content
 
 PARTS_NAME = ".parts"
 _TABLE_FOLDERS = ("slides", "tiles")
 # Folder of the dataset -> suffix of the files in it that belong to a build.
-_OWN_SUFFIXES = dict.fromkeys(_TABLE_FOLDERS, ".parquet") | PICTURE_SUFFIXES
+OWN_SUFFIXES = dict.fromkeys(_TABLE_FOLDERS, ".parquet") | PICTURE_SUFFIXES
 
 
 def finish_dataset(
@@ -44,7 +46,9 @@ def finish_dataset(
       README.md              dataset card
       slides/, tiles/        Parquet shards per split (tiles only with pixels)
       thumbnails/<id>.jpg    the slide
-      previews/<id>.jpg      the grid over the slide
+      previews/<id>.jpg      tissue and grid over the slide
+      previews/contact_sheet.jpg  all slides at a glance
+      masks/<id>.geojson     the tissue, for QuPath
       refused.jsonl          one line per refused slide
       summary.json, .md      counts and times
       dre_slcl_dataset.json  written last: geometry, build key, sizes of the shards
@@ -80,12 +84,14 @@ def finish_dataset(
     title = out_dir.resolve().name
     _write_texts(staging, entries, files, title=title, build_key=build_key, options=options, summary=summary)
     commit_dataset(staging, out_dir, build_key=build_key)
+    guides = {entry.row.slide_id: guide_content(entry.row) for entry in entries if entry.row.guide is not None}
     given_mpp = {entry.row.slide_id: options.mpp_of(entry.row.mpp) for entry in entries}
     content = {
         "geometry": options.geometry(),
         "parameters": options.parameters(),
         "options": options.to_dict(),
         "given_mpp": {slide_id: mpp for slide_id, mpp in given_mpp.items() if mpp is not None},
+        "guides": guides,
         "build_key": build_key,
         "num_tiles": dict(count_tiles(entries)),
         "summary": summary.to_dict(),
@@ -100,13 +106,20 @@ def finish_dataset(
 
 
 def stage_pictures(staging: Path, entries: Sequence[SlideEntry]) -> None:
-    """Gives the pictures of all slides a second name in the staging folder."""
+    """Gives the pictures of all slides a second name in the staging folder, and draws them all on contact sheets."""
     for folder in PICTURE_SUFFIXES:
         (staging / folder).mkdir()
     for entry in entries:
         if entry.pictures_dir is not None:
-            for name in picture_names(entry.row.slide_id):
+            for name in picture_names(entry.row.slide_id, has_mask=entry.record.tissue_fraction is not None):
                 link_or_copy(entry.pictures_dir / name, staging / name)
+    write_contact_sheet([_sheet_entry(entry, staging) for entry in entries], staging / "previews")
+
+
+def _sheet_entry(entry: SlideEntry, staging: Path) -> SheetEntry:
+    slide_id, record = entry.row.slide_id, entry.record
+    picture = staging / "previews" / f"{slide_id}.jpg" if record.status == "ok" else None
+    return SheetEntry(slide_id, picture, record.num_tiles, record.tissue_fraction, record.reason)
 
 
 def _write_texts(
@@ -119,9 +132,10 @@ def _write_texts(
     options: BuildOptions,
     summary: BuildSummary,
 ) -> None:
+    sheets = [CONTACT_SHEET] if (staging / CONTACT_SHEET).is_file() else []
     card = write_card(
         entries,
-        files,
+        [*files, *sheets],
         title=title,
         grid_config=options.grid_config,
         jpeg_quality=None if options.pixels == "none" else options.jpeg_quality,
@@ -157,7 +171,7 @@ def commit_dataset(staging: Path, out_dir: Path, *, build_key: str) -> None:
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
     names = {path.relative_to(staging).as_posix() for path in staged}
-    for folder, suffix in _OWN_SUFFIXES.items():
+    for folder, suffix in OWN_SUFFIXES.items():
         for path in (out_dir / folder).glob(f"*{suffix}"):
             if f"{folder}/{path.name}" not in names:
                 path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Columns of the `slides` table that are fields of a `PartRecord`.
 RECORD_COLUMNS = (
     *("slide_id", "status", "reason", "vendor", "width_px", "height_px", "mpp", "tile_size_level0_px"),
-    *("num_tiles", "num_copied"),
+    *("num_tiles", "num_copied", "tissue_fraction"),
 )
 
 
@@ -52,7 +52,8 @@ def restore_parts(out_dir: Path, tasks: Sequence[SlideTask], parameters: Mapping
         task.slide_id: task
         for task in tasks
         if info["given_mpp"].get(task.slide_id) == task.mpp
-        and all((out_dir / name).is_file() for name in picture_names(task.slide_id))
+        and info["guides"].get(task.slide_id) == (task.guide and [task.guide.kind, task.guide.sha256])
+        and all((out_dir / name).is_file() for name in picture_names(task.slide_id, has_mask=task.looks_for_tissue))
     }
     num_restored = 0
     for split in info["num_tiles"]:
@@ -90,7 +91,7 @@ def slides_of_shard(path: Path) -> list[tuple[str, list[int]]]:
 
 
 def _restore_part(out_dir: Path, tiles: TableSlice, task: SlideTask, row: Mapping[str, Any]) -> None:
-    for name in picture_names(task.slide_id):
+    for name in picture_names(task.slide_id, has_mask=task.looks_for_tissue):
         with atomic_file(task.parts_dir / name) as temporary:
             shutil.copyfile(out_dir / name, temporary)
     target = table_path(task.parts_dir, task.slide_id)

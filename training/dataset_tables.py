@@ -53,10 +53,11 @@ def slide_schema(labels: Iterable[Mapping[str, Any]]) -> pa.Schema:
     Args:
         labels (`Iterable[Mapping[str, Any]]`): the labels of all slides.
     """
-    types = dict.fromkeys((*DATASET_COLUMNS, "num_copied"), pa.string())
+    types = dict.fromkeys(DATASET_COLUMNS, pa.string())
     types.update(dict.fromkeys(("width_px", "height_px", "tile_size_px", "stride_px"), pa.int32()))
     types.update(dict.fromkeys(("tile_size_level0_px", "num_tiles", "num_copied"), pa.int32()))
     types.update({"tile_start": pa.int64(), "mpp": pa.float64(), "tile_mpp": pa.float64()})
+    types["tissue_fraction"] = pa.float64()
     last = {name: types.pop(name) for name in ("status", "reason")}
     del types["tile_xy"]
     types["tile_xy"] = pa.list_(pa.list_(pa.int32(), 2))  # behind the single numbers

@@ -111,6 +111,7 @@ def _slide_rows(group: Sequence[SlideEntry], grid_config: TileGridConfig) -> lis
                 "tile_start": tile_start,
                 "num_tiles": record.num_tiles,
                 "num_copied": record.num_copied,
+                "tissue_fraction": record.tissue_fraction,
                 "report": row.report,
                 **row.labels,
                 "status": record.status,

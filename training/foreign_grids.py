@@ -134,7 +134,7 @@ def read_coordinates(path: Path, info: SlideInfo, config: TileGridConfig) -> Til
         tile_size_px=config.tile_size_px,
         tile_mpp=config.tile_mpp,
         stride_px=config.effective_stride_px,
-        tile_size_level0_px=tile_size_at_level0(config.tile_size_px, config.tile_mpp, info.mpp),
+        tile_size_level0_px=tile_size_at_level0(config.tile_size_px, info.tile_downsample(config.tile_mpp)),
     )
 
 

@@ -20,13 +20,11 @@ from .dataset_commit import PARTS_NAME, finish_dataset
 from .dataset_info import read_dataset_info
 from .dataset_reuse import record_of_row, slides_of_shard
 from .dataset_writer import SlideEntry
-from .manifest import DATASET_COLUMNS, ManifestRow
+from .manifest import DATASET_COLUMNS, ManifestRow, TileGuide
 from .parquet_join import TableSlice, slice_table
 from .slide_claims import BuildMember
 from .slide_part import PartRecord
 from .slide_tasks import is_duplicate
-
-_OWN_COLUMNS = frozenset({*DATASET_COLUMNS, "num_copied"})
 
 
 def join_datasets(shares: Sequence[str | Path], out_dir: str | Path) -> BuildSummary:
@@ -100,13 +98,20 @@ def _read_entries(folders: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -
         for path in sorted(folder.glob("slides/*.parquet")):
             for row in pq.read_table(path).to_pylist():
                 slide_id = row["slide_id"]
-                entry = _entry(row, folder, tiles.get(slide_id), info["given_mpp"].get(slide_id))
+                guide = info["guides"].get(slide_id)
+                entry = _entry(row, folder, tiles.get(slide_id), info["given_mpp"].get(slide_id), guide)
                 record = replace(entry.record, message=messages.get(slide_id, ""))
                 entries[positions[slide_id]] = replace(entry, record=record)
     return [entries[position] for position in sorted(entries)]
 
 
-def _entry(row: Mapping[str, Any], folder: Path, tiles: TableSlice | None, given_mpp: float | None) -> SlideEntry:
+def _entry(
+    row: Mapping[str, Any],
+    folder: Path,
+    tiles: TableSlice | None,
+    given_mpp: float | None,
+    guide: Sequence[str] | None,
+) -> SlideEntry:
     manifest_row = ManifestRow(
         slide_id=row["slide_id"],
         path=Path(row["path"]),
@@ -115,7 +120,8 @@ def _entry(row: Mapping[str, Any], folder: Path, tiles: TableSlice | None, given
         mpp=given_mpp,
         report=row["report"],
         split=row["split"],
-        labels={name: value for name, value in row.items() if name not in _OWN_COLUMNS},
+        labels={name: value for name, value in row.items() if name not in DATASET_COLUMNS},
+        guide=None if guide is None else TileGuide(guide[0], Path(), guide[1]),
     )
     return SlideEntry(
         manifest_row,

@@ -28,20 +28,36 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "path": ("path", "image_path", "wsi_path", "slide_path"),
     "case_id": ("case_id", "patient_id", "PATIENT", "pat_id"),
     "mpp": ("mpp", "spacing_at_level_0"),
+    "mask": ("mask", "mask_path"),
     "report": ("report",),
     "split": ("split",),
 }
-# Columns of other tools without a meaning here; they are no labels either.
-UNUSED_COLUMNS = ("mask", "mask_path")
 # Columns that the slide dataset writes itself: a label of that name would be overwritten.
 DATASET_COLUMNS = (
     *("slide_id", "case_id", "split", "path", "fingerprint", "vendor", "width_px", "height_px", "mpp"),
     *("tile_size_px", "tile_mpp", "stride_px", "tile_size_level0_px", "tile_xy", "tile_start", "num_tiles"),
-    *("report", "status", "reason"),
+    *("num_copied", "tissue_fraction", "report", "status", "reason"),
 )
 SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
 )
+
+
+@dataclass(frozen=True)
+class TileGuide:
+    """A file that says where a slide's tissue or its tiles are; see `tile_guides`.
+
+    Attributes:
+        kind (`str`): "mask" or "coordinates".
+        path (`Path`): the file.
+        sha256 (`str`): hash of its content, "" if it is missing.
+        problem (`str`): reason code if it is missing, else "".
+    """
+
+    kind: str
+    path: Path
+    sha256: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,8 @@ class ManifestRow:
         report (`str`): the pathology report, "" if there is none.
         split (`str` or `None`): "train", "val" or "test"; `None` until `assign_splits`.
         labels (`dict[str, str | int | float | bool | None]`): all other columns; `None` is a missing value.
+        mask_path (`Path` or `None`): its tissue mask, if the manifest names one.
+        guide (`TileGuide` or `None`): what says where its tissue or its tiles are, once `add_guides` has looked.
     """
 
     slide_id: str
@@ -67,6 +85,8 @@ class ManifestRow:
     report: str = ""
     split: str | None = None
     labels: dict[str, Label] = field(default_factory=dict)
+    mask_path: Path | None = None
+    guide: TileGuide | None = None
 
 
 def read_manifest(
@@ -176,10 +196,12 @@ def _rows_of_table(table: Mapping[str, list[Any]], base: Path, slides_root: Path
     if "mpp" in columns:
         columns["mpp"] = ["" if text.casefold() in MISSING else text for text in columns["mpp"]]
     check_cells(columns)
-    labels = _label_columns(table, used={*names.values(), *UNUSED_COLUMNS})
+    labels = _label_columns(table, used=set(names.values()))
     located = [_locate(path, root) for path in columns["path"]]
+    masks = [_locate(path, root) if path else None for path in columns.get("mask", [""] * len(located))]
     outside = [f"row {i}: {opened}" for i, (opened, stored) in enumerate(located, 1) if stored is None]
     if slides_root is not None:
+        outside += [f"row {i}: mask {mask[0]}" for i, mask in enumerate(masks, 1) if mask and mask[1] is None]
         raise_offenders(f"Paths must stay below the slides' root {slides_root}", outside)
     if outside:
         logger.warning(
@@ -193,12 +215,15 @@ def _rows_of_table(table: Mapping[str, list[Any]], base: Path, slides_root: Path
             {key: values[i] for key, values in columns.items()},
             located[i],
             {name: values[i] for name, values in labels.items()},
+            masks[i][0] if masks[i] else None,
         )
         for i in range(len(located))
     ]
 
 
-def _build_row(cells: Mapping[str, str], location: tuple[Path, str | None], labels: dict[str, Label]) -> ManifestRow:
+def _build_row(
+    cells: Mapping[str, str], location: tuple[Path, str | None], labels: dict[str, Label], mask_path: Path | None
+) -> ManifestRow:
     opened, stored = location
     split = cells.get("split") or None
     return ManifestRow(
@@ -210,6 +235,7 @@ def _build_row(cells: Mapping[str, str], location: tuple[Path, str | None], labe
         report=cells.get("report", ""),
         split=SPLIT_ALIASES.get(split, split) if split else None,
         labels=labels,
+        mask_path=mask_path,
     )
 
 
@@ -225,8 +251,6 @@ def _match_columns(columns: list[str]) -> dict[str, str]:
 
 
 def _label_columns(table: Mapping[str, list[Any]], *, used: set[str]) -> dict[str, list[Label]]:
-    if ignored := sorted(set(table) & set(UNUSED_COLUMNS)):
-        logger.warning("Manifest columns %s are not used: the tissue mask is always computed.", ignored)
     labels = {name: label_column(name, values) for name, values in table.items() if name and name not in used}
     raise_offenders(
         "Label columns must not have the name of a column that the dataset writes itself; rename them",

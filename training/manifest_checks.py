@@ -10,6 +10,7 @@ from typing import TypeVar
 SPLITS = ("train", "val", "test")
 SPLIT_ALIASES = {"validation": "val", "valid": "val", "dev": "val"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_RESERVED = "contact_sheet"  # the name of a picture beside those of the slides
 _DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_NAMED_OFFENDERS = 50
@@ -27,7 +28,12 @@ def raise_offenders(requirement: str, offenders: Sequence[str]) -> None:
 
 def is_safe_id(slide_id: str) -> bool:
     """Whether an id can be a file name on every system and cannot lead out of a folder."""
-    return bool(_SAFE_ID.fullmatch(slide_id)) and not _DEVICE_NAMES.fullmatch(slide_id) and slide_id[-1] != "."
+    return (
+        bool(_SAFE_ID.fullmatch(slide_id))
+        and not slide_id.startswith(_RESERVED)
+        and not _DEVICE_NAMES.fullmatch(slide_id)
+        and slide_id[-1] != "."
+    )
 
 
 def check_cells(columns: Mapping[str, Sequence[str]]) -> None:

@@ -13,15 +13,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 from modeling_dre_slcl.atomic_files import atomic_file, read_json, write_json
+from modeling_dre_slcl.mask_files import read_mask
 from modeling_dre_slcl.slide_reader import SlideError, SlideReader, slide_fingerprint
-from modeling_dre_slcl.slide_tiles import tile_slide
+from modeling_dre_slcl.slide_tiles import tile_mask
 from modeling_dre_slcl.tile_grid import TileGrid, TileGridConfig
+from modeling_dre_slcl.tissue import tissue_mask
 
 from .dataset_tables import COORDINATE_SCHEMA, MAX_GROUP_BYTES, MAX_GROUP_TILES, TILE_SCHEMA, TileTableWriter
+from .foreign_grids import read_coordinates
+from .manifest import TileGuide
 from .slide_claims import release_claim, take_claim
 from .slide_pictures import encode_jpeg, write_pictures
+from .worker_process import report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,9 @@ class SlideTask:
         fingerprint (`str`): the slide's fingerprint before it is read.
         key (`str`): hash of everything the part depends on.
         grid_config (`TileGridConfig`): where tiles are placed.
+        tissue (`str`): how tissue is found.
+        mask_frame (`str`): where positions in masks count from.
+        guide (`TileGuide` or `None`): mask or coordinates of this slide, instead of the tissue that can be seen.
         pixels (`str`): "copy", "encode" or "none"; see `BuildOptions`.
         refuses_misaligned (`bool`): whether a slide of which a tile cannot be copied is refused.
         jpeg_quality (`int`): 1-100, of tiles that are encoded.
@@ -57,11 +66,19 @@ class SlideTask:
     fingerprint: str
     key: str
     grid_config: TileGridConfig
+    tissue: str
+    mask_frame: str
+    guide: TileGuide | None
     pixels: str
     refuses_misaligned: bool
     jpeg_quality: int
     parts_dir: Path
     member: str = ""
+
+    @property
+    def looks_for_tissue(self) -> bool:
+        """Whether the tiles are laid over tissue, and not where coordinates say."""
+        return self.guide is None or self.guide.kind != "coordinates"
 
 
 @dataclass
@@ -78,6 +95,7 @@ class PartRecord:
         tile_size_level0_px (`int` or `None`): side of a tile in level-0 pixels.
         num_tiles (`int`): tiles in the part's table.
         num_copied (`int`): those of them that are the slide's own compressed tiles.
+        tissue_fraction (`float` or `None`): share of the scanned area that is tissue; `None` if not looked for.
         table_bytes (`int`): size of the part's table, to recognise a torn file.
         seconds (`dict[str, float]`), cpu_seconds (`dict[str, float]`): by the clock and of the processor, per stage
             of `STAGES`; encoding belongs to "read".
@@ -95,6 +113,7 @@ class PartRecord:
     tile_size_level0_px: int | None = None
     num_tiles: int = 0
     num_copied: int = 0
+    tissue_fraction: float | None = None
     table_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
@@ -102,7 +121,9 @@ class PartRecord:
 
 def refuse_slide(task: SlideTask, reason: str, message: str) -> PartRecord:
     """Returns the record of a refused slide; folders and names of this machine are taken out of the message."""
-    hidden = ((str(task.path), task.stored_path), (str(task.path.parent), "."), (task.path.stem, task.slide_id))
+    hidden = [(str(task.path), task.stored_path), (str(task.path.parent), "."), (task.path.stem, task.slide_id)]
+    if task.guide is not None and task.guide.path.name:
+        hidden[:0] = [(str(task.guide.path), "the file"), (task.guide.path.name, "the file")]
     for private, public in hidden:
         message = message.replace(private, public)
     if advice := _ADVICE.get(reason):
@@ -174,6 +195,8 @@ def tile_one_slide(task: SlideTask) -> PartRecord:
         record = refuse_slide(task, error.reason, error.message)
     except OSError:
         raise
+    except MemoryError:
+        record = refuse_slide(task, "too_large", "it takes more memory than a worker may use")
     except Exception as error:
         logger.exception("Slide %s cannot be tiled.", task.slide_id)
         record = refuse_slide(task, "unreadable", f"{type(error).__name__}: {error}")
@@ -184,11 +207,12 @@ def tile_one_slide(task: SlideTask) -> PartRecord:
 def _tile(task: SlideTask) -> PartRecord:
     timer = StageTimer()
     with timer.stage("open"):
-        reader = SlideReader(task.path, slide_id=task.slide_id, mpp=task.mpp)
+        reader = SlideReader(task.path, slide_id=task.slide_id, mpp=task.mpp, on_read=report_progress)
     with reader:
         with timer.stage("mask"):
-            grid = _make_grid(reader, task)
-            write_pictures(task.parts_dir, reader, task.grid_config.mask_mpp, grid)
+            mask = _find_tissue(reader, task)
+            grid = _make_grid(reader, task, mask)
+            write_pictures(task.parts_dir, reader, task.grid_config.mask_mpp, grid, mask)
         num_copied = _write_tiles(task, reader, grid, timer)
         info = reader.info
     return PartRecord(
@@ -201,15 +225,36 @@ def _tile(task: SlideTask) -> PartRecord:
         tile_size_level0_px=grid.tile_size_level0_px,
         num_tiles=len(grid),
         num_copied=num_copied,
+        tissue_fraction=None if mask is None else round(float(mask.mean()), 6),
         table_bytes=table_path(task.parts_dir, task.slide_id).stat().st_size,
         seconds=timer.seconds,
         cpu_seconds=timer.cpu_seconds,
     )
 
 
-def _make_grid(reader: SlideReader, task: SlideTask) -> TileGrid:
+def _find_tissue(reader: SlideReader, task: SlideTask) -> np.ndarray | None:
+    """Returns the tissue mask, bool (h, w), over the slide's bounds; `None` if coordinates say where the tiles are."""
+    if not task.looks_for_tissue:
+        return None
+    overview_rgb, downsample = reader.read_overview(task.grid_config.mask_mpp)
+    if task.guide is None:
+        return tissue_mask(overview_rgb, reader.info.mpp * downsample, task.tissue)
+    shape = overview_rgb.shape[:2]
+    try:
+        mask_frame = task.mask_frame
+        return read_mask(task.guide.path, info=reader.info, shape=shape, downsample=downsample, frame=mask_frame)
+    except ValueError as error:
+        message = str(error).replace(str(task.guide.path), task.guide.path.name)
+        raise SlideError(task.slide_id, "mask_unusable", message) from error
+
+
+def _make_grid(reader: SlideReader, task: SlideTask, mask: np.ndarray | None) -> TileGrid:
     """Decides where the tiles of a slide are: the one place for it."""
-    return tile_slide(reader, task.grid_config)
+    reader.check_resolution(task.grid_config.tile_mpp)
+    if mask is None:
+        return read_coordinates(task.guide.path, reader.info, task.grid_config)
+    _, downsample = reader.read_overview(task.grid_config.mask_mpp)
+    return tile_mask(reader, mask, downsample, task.grid_config)
 
 
 def _write_tiles(task: SlideTask, reader: SlideReader, grid: TileGrid, timer: "StageTimer") -> int:
@@ -247,6 +292,7 @@ class _PixelSource:
         """Returns the tiles at the first of these level-0 corners: as many as a row group may hold."""
         images: list[bytes] = []
         num_bytes = 0
+        report_progress()
         for x, y in corners:
             image = self._reader.compressed_tile(x, y, **self._size) if self._copies else None
             if image is None:

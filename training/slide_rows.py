@@ -10,13 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-_SLIDE_COLUMNS = frozenset(
-    [
-        *("slide_id", "case_id", "split", "path", "fingerprint", "vendor", "width_px", "height_px", "mpp"),
-        *("tile_size_px", "tile_mpp", "stride_px", "tile_size_level0_px", "tile_xy", "tile_start", "num_tiles"),
-        *("num_copied", "report", "status", "reason"),
-    ]
-)
+from .manifest import DATASET_COLUMNS
+
 _COPIED = ("slide_id", "case_id", "path", "mpp", "tile_start", "tile_size_px", "tile_mpp", "tile_size_level0_px")
 
 
@@ -67,7 +62,7 @@ def read_slide_rows(table: pa.Table) -> list[SlideRow]:
     """
     columns = {name: table.column(name).to_pylist() for name in table.column_names if name != "tile_xy"}
     corners = [chunk.slice(i, 1) for chunk in table.column("tile_xy").chunks for i in range(len(chunk))]
-    labels = [name for name in columns if name not in _SLIDE_COLUMNS]
+    labels = [name for name in columns if name not in DATASET_COLUMNS]
     fingerprints = columns.get("fingerprint", [None] * len(corners))
     rows = []
     for i, (status, num_tiles) in enumerate(zip(columns["status"], columns["num_tiles"], strict=True)):

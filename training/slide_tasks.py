@@ -9,7 +9,7 @@ from modeling_dre_slcl.slide_reader import SlideError, slide_fingerprint
 
 from .build_options import BuildOptions
 from .dataset_info import FORMAT_VERSION, hash_json
-from .manifest import ManifestRow
+from .manifest import ManifestRow, TileGuide
 from .slide_part import PartRecord, SlideTask, refuse_slide
 
 _NUM_THREADS = 8
@@ -35,6 +35,15 @@ def fingerprint_slides(rows: Sequence[ManifestRow]) -> dict[str, str | SlideErro
 def is_duplicate(row: ManifestRow, first: str) -> bool:
     """Whether a slide must be refused because slide `first` (the first with its fingerprint) is the same."""
     return first != row.slide_id and row.path.suffix.lower() not in _INDEX_SUFFIXES
+
+
+def guide_content(row: ManifestRow) -> list[str] | None:
+    """Returns what the tiles of a slide depend on beside the slide and the options: kind and hash of its guide."""
+    return None if row.guide is None else [row.guide.kind, row.guide.sha256]
+
+
+def _missing_guide(guide: TileGuide) -> str:
+    return f"there is no {guide.kind} file of the slide; add it, or leave the slide out"
 
 
 def make_tasks(
@@ -69,8 +78,11 @@ def make_tasks(
             stored_path=row.stored_path,
             mpp=mpp,
             fingerprint=fingerprint,
-            key=hash_json([FORMAT_VERSION, options.parameters(), mpp, fingerprint]),
+            key=hash_json([FORMAT_VERSION, options.parameters(), mpp, fingerprint, guide_content(row)]),
             grid_config=options.grid_config,
+            tissue=options.tissue,
+            mask_frame=options.mask_frame,
+            guide=row.guide,
             pixels=options.pixels,
             refuses_misaligned=options.misaligned == "refuse",
             jpeg_quality=options.jpeg_quality,
@@ -79,6 +91,9 @@ def make_tasks(
         )
         if isinstance(found, SlideError):
             refused.append(refuse_slide(task, found.reason, found.message))
+            continue
+        if row.guide is not None and row.guide.problem:
+            refused.append(refuse_slide(task, row.guide.problem, _missing_guide(row.guide)))
             continue
         first = first_with.setdefault(found, row.slide_id)
         if is_duplicate(row, first):

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from modeling_dre_slcl.mask_geojson import MASK_FRAMES
 from modeling_dre_slcl.tile_grid import TileGridConfig
+from modeling_dre_slcl.tissue import TISSUE_METHODS
 
 from .build_dataset import build_dataset
 from .build_options import MISALIGNED, PIXELS, BuildOptions
@@ -99,6 +101,30 @@ def _add_tiles(tiles: "argparse._ArgumentGroup") -> None:
         help="tiles with less tissue are left out (%(default)s)",
     )
     tiles.add_argument(
+        "--tissue",
+        choices=TISSUE_METHODS,
+        default=options.tissue,
+        help="how tissue is found: stain leaves pen marks and the edges of glass out; otsu and hsv are as in TRIDENT "
+        "and CLAM (%(default)s)",
+    )
+    tiles.add_argument(
+        "--mask-dir",
+        metavar="DIR",
+        help="folder with a tissue mask for every slide, <slide_id>.geojson from QuPath or <slide_id>.png; a table "
+        "can name masks in its mask column instead",
+    )
+    tiles.add_argument(
+        "--mask-frame",
+        choices=MASK_FRAMES,
+        default=options.mask_frame,
+        help="where positions in masks count from: the scanned area as in QuPath, or OpenSlide's canvas (%(default)s)",
+    )
+    tiles.add_argument(
+        "--coordinates",
+        metavar="DIR",
+        help="take the tiles that TRIDENT, CLAM, AtlasPatch, STAMP or slide2vec laid, from its output folder",
+    )
+    tiles.add_argument(
         "--mask-mpp", type=float, default=grid.mask_mpp, help="um per pixel when looking for tissue (%(default)s)"
     )
     tiles.add_argument(
@@ -159,6 +185,8 @@ def _options(args: argparse.Namespace) -> tuple[TileGridConfig, dict[str, Any]]:
         "pixels": args.pixels,
         "misaligned": args.misaligned,
         "jpeg_quality": args.jpeg_quality,
+        "tissue": args.tissue,
+        "mask_frame": args.mask_frame,
         "slide_mpp": args.slide_mpp,
         "num_workers": args.num_workers,
         "license_name": args.license,
@@ -188,6 +216,8 @@ def _run(
         seed=args.seed,
         share=share,
         private_ids=private_ids,
+        mask_dir=args.mask_dir,
+        coordinates=args.coordinates,
         **options,
     )
 

@@ -5,6 +5,7 @@ No network here, and nothing in the given folders is changed or executed.
 """
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ _MODEL_PATTERNS = (
     *("config.json", "model*.safetensors", "model*.safetensors.index.json", "*processor_config.json"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
-_CARD, _INFO, _CONTACT_SHEET = "README.md", "dre_slcl_dataset.json", "previews/contact_sheet.jpg"
+_CARD, _INFO = "README.md", "dre_slcl_dataset.json"
+_SHOWN_PICTURE = re.compile(r"\]\((previews/[\w.-]+\.jpg)\)")
 _PLACE = "path/or/repository"  # what a dataset's card writes where its place belongs
 # What a build leaves in its folder, or a download, and what is not for publishing.
 _STAYS_BEHIND = frozenset(
@@ -156,7 +158,7 @@ def gather_dataset(
     files = _finished_files(source)
     _refuse_strangers(source, files)
     card = (source / _CARD).read_text(encoding="utf-8") if (source / _CARD).is_file() else None
-    wanted = [_INFO, *files, *([_CONTACT_SHEET] if card and _CONTACT_SHEET in card else [])]
+    wanted = [_INFO, *files, *_SHOWN_PICTURE.findall(card or "")]
     if include_previews:
         wanted += [f"previews/{path.name}" for path in source.glob("previews/*.jpg")]
     gathered = []

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from dre_slcl.training.card_metadata import license_fields, size_category
-from dre_slcl.training.dataset_card import CONTACT_SHEET, write_card
+from dre_slcl.training.dataset_card import write_card
 from dre_slcl.training.dataset_writer import SlideEntry
 from dre_slcl.training.manifest import ManifestRow
 from dre_slcl.training.slide_part import PartRecord
@@ -136,10 +136,11 @@ def test_how_pixels_were_stored(options, said):
 
 def test_the_contact_sheet_is_shown_if_there_is_one():
     files = ["slides/train-0.parquet", "tiles/train-0.parquet"]
-    picture = f"]({CONTACT_SHEET})"
-    assert picture in card([entry(0)], [*files, CONTACT_SHEET])
-    assert picture not in card([entry(0)], files)
-    assert picture not in card([entry(0)], [files[0], CONTACT_SHEET], jpeg_quality=None)
+    assert "](previews/contact_sheet.jpg)" in card([entry(0)], [*files, "previews/contact_sheet.jpg"])
+    several = [f"previews/contact_sheet_00{number}.jpg" for number in (2, 1)]
+    assert "](previews/contact_sheet_001.jpg)" in card([entry(0)], [*files, *several])
+    assert "](previews" not in card([entry(0)], files)
+    assert "](previews" not in card([entry(0)], [files[0], *several], jpeg_quality=None)
 
 
 def test_nothing_of_a_person_is_in_the_card():

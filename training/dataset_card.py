@@ -20,7 +20,7 @@ from .card_metadata import config_fields, info_fields, license_fields, size_cate
 from .dataset_tables import label_kinds
 from .dataset_writer import SlideEntry, group_by_split
 
-CONTACT_SHEET = "previews/contact_sheet.jpg"
+_CONTACT_SHEET = "previews/contact_sheet"  # .jpg, or _001.jpg where there are several
 REPOSITORY = "path/or/repository"  # what stands for the dataset's place; replaced when it is published
 _MAX_VALUES = 20
 _MAX_VALUE_LENGTH = 40
@@ -61,8 +61,8 @@ def write_card(
 
     Args:
         entries (`Sequence[SlideEntry]`): all slides of the dataset.
-        files (`Sequence[str]`): its files, relative to the dataset's folder; with `previews/contact_sheet.jpg` among
-            them, the card shows it.
+        files (`Sequence[str]`): its files, relative to the dataset's folder; of contact sheets among them
+            (`previews/contact_sheet*.jpg`) the card shows the first.
         title (`str`): heading.
         grid_config (`TileGridConfig`): geometry of the tiles.
         jpeg_quality (`int` or `None`): quality of tiles that were encoded, `None` if there are coordinates only.
@@ -93,7 +93,7 @@ def write_card(
     sections = [
         f"# {title}",
         _summary(entries, num_tiles),
-        f"![Thumbnails of the slides]({CONTACT_SHEET})" if CONTACT_SHEET in files and pixels != "none" else "",
+        _picture_section(files) if pixels != "none" else "",
         _geometry_section(grid_config, stain, _describe_pixels(pixels, jpeg_quality, num_copied, num_tiles)),
         _counts_section(entries),
         _source_section(entries, license_name, source_text),
@@ -113,6 +113,12 @@ def _summary(entries: Sequence[SlideEntry], num_tiles: int) -> str:
         f"{num_tiles:,} tiles of {num_ok:,} whole-slide images with their reports and labels, made by "
         "`dre-slcl tiles`. For research, not for diagnosis."
     )
+
+
+def _picture_section(files: Sequence[str]) -> str:
+    """Shows what the slides look like; not for a dataset of coordinates, whose owner has kept the pixels back."""
+    sheets = sorted(file for file in files if file.startswith(_CONTACT_SHEET))
+    return f"![Thumbnails of the slides]({sheets[0]})" if sheets else ""
 
 
 def _describe_pixels(pixels: str, jpeg_quality: int | None, num_copied: int, num_tiles: int) -> str:

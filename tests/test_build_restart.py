@@ -221,7 +221,8 @@ def test_build_killed_again_and_again(manifest, built, tmp_path):
 
 
 def test_dead_worker_refuses_its_slide_only(manifest, built, tmp_path, monkeypatch):
-    def run(function, tasks, *, num_workers, initializer):
+    def run(function, tasks, *, num_workers, initializer, **limits):
+        assert limits == {"deadline_seconds": 300.0, "memory_bytes": 4 << 30}
         assert (num_workers, initializer) == (2, build_tiling.prepare_worker)
         for index, task in enumerate(tasks):
             yield index, WorkerCrash(-signal.SIGSEGV) if task.slide_id == "s2" else function(task)
@@ -289,7 +290,7 @@ def test_stale_preview_is_removed(manifest, tmp_path):
     build(tmp_path / "slides", tmp_path / "out")
     (tmp_path / "slides" / "a.tif").unlink()
     build(tmp_path / "slides", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "previews").iterdir()] == ["b.jpg"]
+    assert [path.name for path in (tmp_path / "out" / "previews").glob("[ab].jpg")] == ["b.jpg"]
 
 
 def test_no_usable_slide_fails(tmp_path):

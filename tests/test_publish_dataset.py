@@ -60,7 +60,7 @@ def test_a_fresh_dataset_may_go_out(dataset):
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
     tables = {f"slides/{split}-00000-of-00001.parquet" for split in ("train", "val", "test")}
     tables |= {f"tiles/{split}-00000-of-00001.parquet" for split in ("train", "test")}
-    assert names == tables | {"README.md", "dre_slcl_dataset.json"}
+    assert names == tables | {"README.md", "dre_slcl_dataset.json", "previews/contact_sheet.jpg"}
 
 
 def test_a_case_in_two_splits_is_refused(dataset):
@@ -137,14 +137,13 @@ def test_unfinished_datasets_are_refused(dataset, info, message):
 
 
 def test_a_picture_that_the_card_shows_goes_out_with_it(dataset):
-    card = dataset / "README.md"
-    card.write_text(card.read_text() + "\n![Thumbnails](previews/contact_sheet.jpg)\n")
-    [finding] = findings(dataset)
-    assert finding.startswith("README.md: shows previews/contact_sheet.jpg, which is not there")
-    shutil.copyfile(dataset / "previews" / "s0.jpg", dataset / "previews" / "contact_sheet.jpg")
-    out = dataset.parent / "again"
+    out = dataset.parent / "gathered"
     assert out / "previews" / "contact_sheet.jpg" in gather_dataset(dataset, out)
     assert check_dataset(out) == []
+    (dataset / "previews" / "contact_sheet.jpg").unlink()
+    shutil.rmtree(out)
+    [finding] = findings(dataset)
+    assert finding.startswith("README.md: shows previews/contact_sheet.jpg, which is not there")
     assert not (out / "previews" / "s0.jpg").exists()
 
 

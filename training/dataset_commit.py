@@ -18,7 +18,7 @@ from modeling_dre_slcl.atomic_files import read_json, sync_path, sync_tree, temp
 from .build_options import BuildOptions
 from .build_records import BuildSummary, refused_lines, summary_text, versions
 from .contact_sheet import SheetEntry, write_contact_sheet
-from .dataset_card import CONTACT_SHEET, write_card
+from .dataset_card import write_card
 from .dataset_info import DATASET_INFO_NAME, check_files, write_dataset_info
 from .dataset_writer import SlideEntry, count_tiles, link_or_copy, write_tables
 from .slide_pictures import PICTURE_SUFFIXES, picture_names
@@ -132,7 +132,7 @@ def _write_texts(
     options: BuildOptions,
     summary: BuildSummary,
 ) -> None:
-    sheets = [CONTACT_SHEET] if (staging / CONTACT_SHEET).is_file() else []
+    sheets = [path.relative_to(staging).as_posix() for path in (staging / "previews").glob("contact_sheet*.jpg")]
     card = write_card(
         entries,
         [*files, *sheets],

@@ -121,7 +121,9 @@ class PartRecord:
 
 def refuse_slide(task: SlideTask, reason: str, message: str) -> PartRecord:
     """Returns the record of a refused slide; folders and names of this machine are taken out of the message."""
-    hidden = [(str(task.path), task.stored_path), (str(task.path.parent), "."), (task.path.stem, task.slide_id)]
+    hidden = [(str(task.path), task.stored_path), (str(task.path.parent), ".")]
+    if task.path.stem not in task.stored_path:
+        hidden.append((task.path.stem, task.slide_id))
     if task.guide is not None and task.guide.path.name:
         hidden[:0] = [(str(task.guide.path), "the file"), (task.guide.path.name, "the file")]
     for private, public in hidden:

@@ -19,7 +19,7 @@ except ImportError:
 # Outlines run through the middles of pixel edges, at least 0.35 px from every pixel centre; less than that may be cut.
 _TOLERANCE_PX = 0.34
 MAX_FILL_COST = 2_000_000_000
-_CROSSING_COST = 20
+_CROSSING_COST = 100
 _CROSSINGS_AT_ONCE = 2_000_000
 
 

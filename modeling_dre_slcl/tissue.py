@@ -42,7 +42,7 @@ _MAX_HOLE_UM2 = 40_000.0
 _MIN_CHROMA, _MAX_CHROMA = 8.0, 16.0
 # A part of a slide is tissue only if some of it is above this: smears of stain are not.
 _SURE_CHROMA = 14
-_MIN_SURE_SHARE = 0.02
+_MIN_SURE_SHARE, _MIN_SURE_UM2 = 0.02, 2_500.0
 # Share of the missing light that is colour: about 0.5 in stained tissue, below 0.2 in refracting edges and soot.
 _MIN_SATURATION = 0.2
 _LOOSE_DENSITY, _PIGMENT_DENSITY = 0.2, 0.12
@@ -166,7 +166,7 @@ def _find_stain(rgb: np.ndarray, mpp: float) -> np.ndarray:
     tissue |= pigment
     # Refracting edges have coloured fringes.
     sure = (chroma > _SURE_CHROMA) & coloured & ~_grow(grey & ~pigment, _FRINGE_UM / mpp)
-    tissue = _drop_small(tissue & ~unusable, _MIN_TISSUE_UM2 / mpp**2, sure)
+    tissue = _drop_small(tissue & ~unusable, _MIN_TISSUE_UM2 / mpp**2, sure, _MIN_SURE_UM2 / mpp**2)
     return _fill_small_holes(tissue, mpp) & ~unusable
 
 
@@ -191,16 +191,17 @@ def _find_glass(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Colour of the empty glass, float64 (3,), and where it is seen, bool (h, w); white and None if nowhere.
 
     It is a common light, nearly grey colour. White counts last: it fills areas that were not scanned. Colours with
-    less green than red and blue are those of stains, and count only if they are as even as glass is.
+    less green than red and blue are those of stains, and count only if they are common and as even as glass is.
     """
     red, green, blue = cv2.split(rgb)
     lowest, highest = cv2.min(cv2.min(red, green), blue), cv2.max(cv2.max(red, green), blue)
     light = (lowest >= 170) & (cv2.subtract(highest, lowest) <= 30)
     is_stained = cv2.subtract(cv2.min(red, blue), green) > 6
     is_fill = lowest >= _FILL_WHITE
+    fill_share = np.count_nonzero(is_fill) / lowest.size
     for candidates, min_share, min_evenness in (
         (light & ~is_stained & ~is_fill, _MIN_GLASS_SHARE, 0.4),
-        (light & is_stained & ~is_fill, 0.1, 0.8),
+        (light & is_stained & ~is_fill, max(0.1, 0.5 * fill_share), 0.8),
         (light & ~is_stained, _MIN_GLASS_SHARE, 0.0),
     ):
         # The peak of the brightness histogram, then the median colour around it.
@@ -272,13 +273,16 @@ def _fill_small_holes(tissue: np.ndarray, mpp: float) -> np.ndarray:
     return ~glass[1:-1, 1:-1]
 
 
-def _drop_small(mask: np.ndarray, min_area_px: float, sure: np.ndarray | None = None) -> np.ndarray:
+def _drop_small(
+    mask: np.ndarray, min_area_px: float, sure: np.ndarray | None = None, min_sure_px: float = 0
+) -> np.ndarray:
     """Keeps the connected parts of a mask, (h, w), with enough pixels, and enough of `sure` ones if given; bool."""
     num_parts, labels, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     areas = statistics[:num_parts, cv2.CC_STAT_AREA]
     is_kept = areas >= min_area_px
     if sure is not None:
-        is_kept &= np.bincount(labels[sure], minlength=num_parts) >= _MIN_SURE_SHARE * areas
+        num_sure = np.bincount(labels[sure], minlength=num_parts)
+        is_kept &= num_sure >= np.maximum(_MIN_SURE_SHARE * areas, min_sure_px)
     is_kept[0] = False
     return is_kept[labels]
 

@@ -210,13 +210,20 @@ def draw_tile_grid(
         `np.ndarray` of shape `(h, w, 3)`, uint8: the picture with outlines; what is not a tile is paled.
     """
     _require_cv2()
-    boxes = _overview_boxes(overview_rgb, downsample, bounds, grid)
-    is_tile = np.zeros(overview_rgb.shape[:2], dtype=bool)
-    for left, top, right, bottom in boxes:
-        is_tile[top:bottom, left:right] = True
+    left, top, right, bottom = _overview_boxes(overview_rgb, downsample, bounds, grid).T
+    height, width = overview_rgb.shape[:2]
+    # Steps up and down at the corners of the tiles, summed along both axes: how many tiles cover a pixel.
+    cover = np.zeros((height + 1, width + 1), dtype=np.int32)
+    for rows, columns, step in ((top, left, 1), (bottom, right, 1), (top, right, -1), (bottom, left, -1)):
+        np.add.at(cover, (rows, columns), step)
+    is_tile = cover.cumsum(axis=0).cumsum(axis=1)[:height, :width] > 0
     preview = np.where(is_tile[..., None], overview_rgb, 128 + overview_rgb // 2)
-    for left, top, right, bottom in boxes:
-        cv2.rectangle(preview, (left, top), (right - 1, bottom - 1), _GRID_RGB, 1)
+    for step in range(int(np.max(right - left, initial=0))):
+        columns = np.minimum(left + step, right - 1)
+        preview[top, columns] = preview[bottom - 1, columns] = _GRID_RGB
+    for step in range(int(np.max(bottom - top, initial=0))):
+        rows = np.minimum(top + step, bottom - 1)
+        preview[rows, left] = preview[rows, right - 1] = _GRID_RGB
     return preview
 
 
@@ -251,7 +258,7 @@ def draw_heatmap(
         raise ValueError(f"values: expected {len(grid)} finite numbers, one per tile, found shape {values.shape}.")
     total = np.zeros(overview_rgb.shape[:2])
     count = np.zeros(overview_rgb.shape[:2])
-    boxes = _overview_boxes(overview_rgb, downsample, bounds, grid)
+    boxes = _overview_boxes(overview_rgb, downsample, bounds, grid).tolist()
     for (left, top, right, bottom), value in zip(boxes, _scale_to_unit(values), strict=True):
         total[top:bottom, left:right] += value
         count[top:bottom, left:right] += 1
@@ -274,14 +281,14 @@ def _scale_to_unit(values: np.ndarray) -> np.ndarray:
 
 def _overview_boxes(
     overview_rgb: np.ndarray, downsample: float, bounds: tuple[int, int, int, int], grid: TileGrid
-) -> list[list[int]]:
-    """Left, top, right, bottom (exclusive) of each tile in overview pixels, at least one pixel, inside the picture."""
+) -> np.ndarray:
+    """Left, top, right, bottom (exclusive) of each tile, int64 (N, 4): at least one pixel, inside the overview."""
     height, width = overview_rgb.shape[:2]
     start = (grid.tile_xy - np.array(bounds[:2])) / downsample
     stop = start + grid.tile_size_level0_px / downsample
     start = np.clip(np.rint(start).astype(np.int64), 0, [width - 1, height - 1])
     stop = np.clip(np.rint(stop).astype(np.int64), start + 1, [width, height])
-    return np.concatenate([start, stop], axis=1).tolist()
+    return np.concatenate([start, stop], axis=1)
 
 
 def _require_cv2() -> None:

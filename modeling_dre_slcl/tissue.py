@@ -27,7 +27,7 @@ TISSUE_METHODS = ("stain", "otsu", "hsv")
 
 # The mask is found at this resolution, um/px (the picture's where that is coarser), and on at most so many pixels.
 _WORKING_MPP = 8.0
-_MAX_WORKING_PX = 1 << 23
+_MAX_WORKING_PX = 1 << 21
 # Lengths on the slide in um, areas in um^2: independent of the resolution of the picture.
 _BLUR_SIGMA_UM = 6.0
 _CLOSE_RADIUS_UM = 16.0

@@ -4,6 +4,7 @@
 They lie beside the slide's part until the dataset is finished, so that a build that is given up changes no picture.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,10 +45,10 @@ def write_pictures(
     """
     slide_id = reader.info.slide_id
     overview_rgb, downsample = reader.read_overview(mask_mpp)
-    scale = min(1.0, _MAX_PICTURE_PX / max(overview_rgb.shape[:2]))
-    size = [max(1, round(side * scale)) for side in overview_rgb.shape[1::-1]]
+    factor = math.ceil(max(overview_rgb.shape[:2]) / _MAX_PICTURE_PX)  # whole numbers are averaged much faster
+    size = [math.ceil(side / factor) for side in overview_rgb.shape[1::-1]]
     thumbnail = cv2.resize(overview_rgb, size, interpolation=cv2.INTER_AREA)
-    preview = draw_tile_grid(thumbnail, downsample / scale, reader.info.bounds, grid)
+    preview = draw_tile_grid(thumbnail, downsample * factor, reader.info.bounds, grid)
     if mask is not None:
         write_mask_geojson(
             folder / "masks" / f"{slide_id}.geojson", mask, downsample=downsample, bounds=reader.info.bounds

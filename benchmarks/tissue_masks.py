@@ -9,7 +9,7 @@ A table with a row for each situation of `drawn_overviews.py`, then one line of 
 `precision_worst` and `recall_worst` of the worst single overview, `empty_found_max`, the largest share of a slide
 without tissue that is called tissue, `cpu_ms_per_megapixel`, and all situations by name: those figures are of the
 default method, and the other methods' stand under their names. No setting was chosen on the default seeds: those
-used while the mask was made are 0 to 39. Pictures show the truth in blue and what the first method found in green.
+used while the mask was made are all below 300. Pictures show the truth in blue, what the first method found in green.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from drawn_overviews import OVERVIEW_MPP, SITUATIONS, DrawnOverview, draw_overvi
 
 from modeling_dre_slcl.tissue import TISSUE_METHODS, tissue_mask
 
-_DEFAULT_SEEDS = (200, 201, 202, 203, 204)
+_DEFAULT_SEEDS = (400, 401, 402, 403, 404)
 
 
 def main() -> int:

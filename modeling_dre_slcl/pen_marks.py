@@ -46,14 +46,20 @@ def find_pen_marks(rgb: np.ndarray, mpp: float) -> np.ndarray:
     black = (highest < 90) & (chroma <= 20)
     black = _black_ink(black, cv2.subtract(red, blue), lowest, mpp) if black.any() else black
     cold = _keep_parts(cold, _MIN_COLD_UM2 / mpp**2)
+    small_scarlet = scarlet
     scarlet = _keep_parts(scarlet, _MIN_WARM_UM2 / mpp**2)
     if not (black.any() or cold.any() or scarlet.any()):
         return black
     # Near ink that is sure: ink over tissue or over other ink, too dark for a colour of its own, and pale ink.
-    ink = (highest < 75) | (cv2.subtract(green, red) > 12)
-    ink = (ink & (_within(cold, _REACH_UM / mpp) | _within(black, _MARGIN_UM / mpp))) | cold | black
-    reddish = ((cv2.subtract(red, warmer) > 45) & (green < 75)) | (cv2.subtract(red, warmer) > 110) | (highest < 60)
-    ink |= (reddish & _within(scarlet, _RED_REACH_UM / mpp)) | scarlet
+    near_cold, near_black = _within(cold, _REACH_UM / mpp), _within(black, _MARGIN_UM / mpp)
+    near_scarlet = _within(scarlet, _RED_REACH_UM / mpp)
+    dark = highest < 75
+    reddish = ((cv2.subtract(red, warmer) > 45) & (green < 75)) | (cv2.subtract(red, warmer) > 110)
+    ink = cold | black | scarlet
+    ink |= (dark | (cv2.subtract(green, red) > 12)) & (near_cold | near_black)
+    ink |= (dark | reddish) & near_scarlet
+    ink |= small_scarlet & (near_cold | near_black)
+    ink |= (highest < 110) & near_cold & near_scarlet
     return _within(ink, _MARGIN_UM / mpp)
 
 

@@ -205,7 +205,7 @@ def write_pickles(folder, marker):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"features": Payload(marker)}, folder / "new.pt")
-    (folder / "old.pt").write_bytes(pickle.dumps(Payload(marker)))
+    (folder / "old.pt").write_bytes(pickle.dumps(Payload(marker), protocol=2))
     objects = np.empty((2, 2), dtype=object)
     objects[:] = [[Payload(marker)] * 2] * 2
     np.savez(folder / "objects.npz", features=objects)

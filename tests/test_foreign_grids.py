@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coordinates of five tools as our tile grid: files in each tool's layout, expected values worked out by hand."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import openslide
 import pytest
 
 from dre_slcl.training.foreign_grids import find_coordinates, index_coordinates, read_coordinates
+from dre_slcl.training.foreign_worker import read_foreign
 from modeling_dre_slcl.slide_info import SlideError, SlideInfo
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.slide_tiles import iter_tile_batches
@@ -17,6 +19,7 @@ from modeling_dre_slcl.tile_grid import TileGridConfig
 
 from .foreign_files import (
     Payload,
+    damage_heap,
     trident_attributes,
     write_atlaspatch,
     write_clam,
@@ -262,6 +265,19 @@ def test_damage_inside_of_a_file_is_a_refusal_or_harmless(tmp_path):
         except SlideError as error:
             reasons.add(error.reason)
     assert {6, "unreadable"} <= reasons
+
+
+def test_a_file_that_hangs_the_library_ends_its_worker_only(tmp_path):
+    good, bad = write_trident(tmp_path), write_trident(tmp_path, "b")
+    damage_heap(bad)
+    read = functools.partial(read_coordinates, info=make_info(), config=CONFIG, max_seconds=2.0)
+    results = read_foreign(read, [good, bad], names=["good", "bad"], seconds=200, isolated=True)
+    assert len(next(results)) == 6
+    try:
+        result = str(next(results))
+    except SlideError as error:  # by an HDF5 library that notices
+        result = error.reason
+    assert result == "unreadable" or result.startswith("bad: the process that read it died")
 
 
 def test_links_out_of_the_file_are_not_followed(tmp_path):

@@ -13,7 +13,7 @@ from dre_slcl.training import import_features as module
 from dre_slcl.training.import_features import FEATURES_INFO_NAME, import_features
 from dre_slcl_cli import main
 
-from .foreign_files import CORNERS, write_clam_features, write_stamp, write_trident_features
+from .foreign_files import CORNERS, damage_heap, write_clam_features, write_stamp, write_trident_features
 from .test_foreign_features import FEATURES
 
 
@@ -151,14 +151,6 @@ def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("dre_slcl.training.hdf5_files.h5py", None)
     with pytest.raises(ImportError, match=r"dre-slcl\[interop\]"):
         import_features(tmp_path / "in", tmp_path / "out", isolated=False, progress=False)
-
-
-def damage_heap(path):
-    """Makes the HDF5 library of 2025 loop for ever over the texts of the attributes; a later one may refuse."""
-    content = bytearray(path.read_bytes())
-    size = content.index(b"GCOL") + 16 + 8  # of the first object of the heap: with its own 16 bytes it becomes 0
-    content[size : size + 8] = (2**64 - 16).to_bytes(8, "little")
-    path.write_bytes(content)
 
 
 def test_a_file_that_hangs_the_library_costs_its_slide_only(tmp_path, monkeypatch):

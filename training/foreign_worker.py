@@ -6,7 +6,9 @@ Damaged metadata can keep the HDF5 library in an endless loop that nothing withi
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +54,32 @@ def read_foreign(
 
 
 def _run(task: _Task) -> Any:
-    # The default action of the alarm ends the process even while it is deep in a library.
-    has_limit = multiprocessing.parent_process() is not None and hasattr(signal, "setitimer")
-    if has_limit:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, task.seconds)
     try:
-        return task.function(task.argument)
+        with time_limit(task.seconds):
+            return task.function(task.argument)
     except ForeignFileError as error:
         return error
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Ends this process if the `with` block takes too long, even while it is deep in a library.
+
+    Only where that harms nobody: in a process that `multiprocessing` started, whose parent sees that it died.
+    Elsewhere, and on systems without such alarms, nothing limits the time.
+
+    Args:
+        seconds (`float`): by the clock.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if multiprocessing.parent_process() is None or not is_main_thread or not hasattr(signal, "setitimer"):
+        yield
+        return
+    # The default action of the alarm is the end of the process.
+    handler = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
     finally:
-        if has_limit:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

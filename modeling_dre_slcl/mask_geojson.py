@@ -29,7 +29,7 @@ EXCLUDED_CLASSES = frozenset({"ignore", "background", "exclude", "artifact", "ar
 # Objects of QuPath that are measurements rather than drawn regions.
 _SKIPPED_OBJECTS = frozenset({"detection", "cell", "tile", "root"})
 _TISSUE_CLASS = {"name": "Tissue", "color": [0, 150, 60]}
-_FRAME_KEY = "dre_slcl_frame"
+_FRAME_KEY, _BOUNDS_KEY = "dre_slcl_frame", "dre_slcl_bounds"
 _MAX_OVERHANG = 0.05  # of the slide's size, by which outlines may reach beyond it
 
 
@@ -74,7 +74,25 @@ def mask_to_geojson(
                 "properties": {"objectType": "annotation", "classification": _TISSUE_CLASS, "tissue_id": number},
             }
         )
-    return {"type": "FeatureCollection", _FRAME_KEY: frame, "features": features}
+    return {"type": "FeatureCollection", _FRAME_KEY: frame, _BOUNDS_KEY: list(bounds), "features": features}
+
+
+def move_to_canvas(geojson: dict[str, Any]) -> dict[str, Any]:
+    """Moves what `mask_to_geojson` made to the frame in which TRIDENT and CLAM draw: OpenSlide's canvas.
+
+    Args:
+        geojson (`dict`): the FeatureCollection; it is changed.
+
+    Returns:
+        `dict`: the same one.
+    """
+    if geojson.get(_FRAME_KEY) == "qupath" and _BOUNDS_KEY in geojson:
+        left, top = geojson[_BOUNDS_KEY][:2]
+        for feature in geojson["features"]:
+            rings = feature["geometry"]["coordinates"]
+            feature["geometry"]["coordinates"] = [[[x + left, y + top] for x, y in ring] for ring in rings]
+        geojson[_FRAME_KEY] = "canvas"
+    return geojson
 
 
 def write_mask_geojson(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coordinates of five tools as our tile grid: files in each tool's layout, expected values worked out by hand."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import openslide
 import pytest
 
 from dre_slcl.training.foreign_grids import find_coordinates, index_coordinates, read_coordinates
+from dre_slcl.training.foreign_worker import read_foreign
 from modeling_dre_slcl.slide_info import SlideError, SlideInfo
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.slide_tiles import iter_tile_batches
 from modeling_dre_slcl.tile_grid import TileGridConfig
 
 from .foreign_files import (
+    Payload,
+    damage_heap,
     trident_attributes,
     write_atlaspatch,
     write_clam,
@@ -79,10 +83,10 @@ def test_a_file_under_another_name_is_recognised_by_its_content(tool, tmp_path):
 
 
 def test_micrometres_become_the_nearest_level0_pixels(tmp_path):
-    # 0.2527 um/px: 253 px are 63.9331 um; 100.1 um are 396.12 px.
-    path = write_stamp(tmp_path, corners_um=[[0, 63.9331], [100.1, 0]], tile_size_um=129.0)
+    # 0.2527 um/px: 253 px are 63.9331 um; 100.1 um are 396.12 px, 100.2 um are 396.52 px.
+    path = write_stamp(tmp_path, corners_um=[[0, 63.9331], [100.1, 100.2]], tile_size_um=129.0)
     grid = read_coordinates(path, make_info(mpp=0.2527), CONFIG)
-    assert grid.tile_xy.tolist() == [[0, 253], [396, 0]]
+    assert grid.tile_xy.tolist() == [[0, 253], [396, 397]]
     assert grid.tile_size_level0_px == round(128 / 0.2527) == 507
 
 
@@ -263,6 +267,19 @@ def test_damage_inside_of_a_file_is_a_refusal_or_harmless(tmp_path):
     assert {6, "unreadable"} <= reasons
 
 
+def test_a_file_that_hangs_the_library_ends_its_worker_only(tmp_path):
+    good, bad = write_trident(tmp_path), write_trident(tmp_path, "b")
+    damage_heap(bad)
+    read = functools.partial(read_coordinates, info=make_info(), config=CONFIG, max_seconds=2.0)
+    results = read_foreign(read, [good, bad], names=["good", "bad"], seconds=200, isolated=True)
+    assert len(next(results)) == 6
+    try:
+        result = str(next(results))
+    except SlideError as error:  # by an HDF5 library that notices
+        result = error.reason
+    assert result == "unreadable" or result.startswith("bad: the process that read it died")
+
+
 def test_links_out_of_the_file_are_not_followed(tmp_path):
     secret = write_trident(tmp_path / "elsewhere")
     path = tmp_path / "a.h5"
@@ -292,10 +309,16 @@ def test_an_array_that_a_small_file_inflates_is_not_read(tmp_path):
     assert refusal(path)[0] == "too_large"
 
 
-def test_object_arrays_are_not_loaded(tmp_path):
+@pytest.mark.parametrize("name", ["x", "tissue_fractions"])
+def test_object_arrays_are_not_loaded(name, tmp_path):
     path = write_slide2vec(tmp_path)
-    np.savez(path, x=np.array([{}] * 6, dtype=object), y=np.zeros(6))
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    marker = tmp_path / "marker"
+    arrays[name] = np.array([Payload(marker)] * 6, dtype=object)
+    np.savez(path, **arrays)
     assert refusal(path)[0] == "unreadable"
+    assert not marker.exists()
 
 
 def test_the_index_prefers_coordinates_to_their_copies_in_feature_files(tmp_path):

@@ -13,7 +13,7 @@ from dre_slcl.training import import_features as module
 from dre_slcl.training.import_features import FEATURES_INFO_NAME, import_features
 from dre_slcl_cli import main
 
-from .foreign_files import CORNERS, write_clam_features, write_stamp, write_trident_features
+from .foreign_files import CORNERS, damage_heap, write_clam_features, write_stamp, write_trident_features
 from .test_foreign_features import FEATURES
 
 
@@ -82,7 +82,7 @@ def test_a_table_of_slides_gives_splits_labels_and_mpp(tmp_path):
 def test_rows_without_coordinates_are_null(tmp_path):
     (tmp_path / "in").mkdir()
     torch.save(torch.from_numpy(FEATURES), tmp_path / "in" / "a.pt")
-    import_features(tmp_path / "in", tmp_path / "out", progress=False)
+    import_features(tmp_path / "in", tmp_path / "out", isolated=False, progress=False)
     [row] = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert (row["tile_xy"], row["tile_size_px"], row["encoder"]) == (None, None, None)
 
@@ -90,7 +90,7 @@ def test_rows_without_coordinates_are_null(tmp_path):
 def test_a_file_ends_when_it_is_large_enough_and_holds_a_slide_per_row_group(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_SHARD_BYTES", 300)  # a slide of 6 x 4 float32 and 6 x 2 int32 has about 250 bytes
     job, out = write_job(tmp_path / "job", ["a", "b", "c", "d", "e"]), tmp_path / "out"
-    info = import_features(job, out, progress=False)
+    info = import_features(job, out, isolated=False, progress=False)
     assert len(info["files"]) == 3
     for name, size in info["files"].items():
         assert (out / name).stat().st_size == size
@@ -105,22 +105,22 @@ def test_a_file_ends_when_it_is_large_enough_and_holds_a_slide_per_row_group(tmp
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     job = write_job(tmp_path / "job", bad=("c",))
     for name in ("one", "two"):
-        import_features(job, tmp_path / name / "out", progress=False)
+        import_features(job, tmp_path / name / "out", isolated=False, progress=False)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
 def test_an_import_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    import_features(write_job(tmp_path / "job"), out, progress=False)
+    import_features(write_job(tmp_path / "job"), out, isolated=False, progress=False)
     before = files_of(out)
     write_job(tmp_path / "job", ["d"])
     monkeypatch.setattr(module, "write_features_card", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        import_features(tmp_path / "job", out, progress=False)
+        import_features(tmp_path / "job", out, isolated=False, progress=False)
     assert files_of(out) == before
     monkeypatch.undo()
     (out / ".tmp-1-staging").mkdir()  # what a killed process leaves
-    assert import_features(tmp_path / "job", out, progress=False)["num_slides"] == 4
+    assert import_features(tmp_path / "job", out, isolated=False, progress=False)["num_slides"] == 4
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
         FEATURES_INFO_NAME,
@@ -146,8 +146,25 @@ def test_no_features_is_status_1(name, tmp_path, caplog):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch, caplog):
+def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
     write_clam_features(tmp_path / "in", FEATURES)
     monkeypatch.setattr("dre_slcl.training.hdf5_files.h5py", None)
-    assert main(["import-features", "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
-    assert "dre-slcl[interop]" in caplog.text
+    with pytest.raises(ImportError, match=r"dre-slcl\[interop\]"):
+        import_features(tmp_path / "in", tmp_path / "out", isolated=False, progress=False)
+
+
+def test_a_file_that_hangs_the_library_costs_its_slide_only(tmp_path, monkeypatch):
+    job = write_job(tmp_path / "job")
+    damage_heap(job / "20x_256px_0px_overlap" / "features_uni_v1" / "b.h5")
+    monkeypatch.setattr("dre_slcl.training.feature_files.HEADER_SECONDS", 3.0)
+    info = import_features(job, tmp_path / "out", progress=False)
+    assert (info["num_slides"], info["refused_by_reason"]) == (2, {"unreadable": 1})
+    [line] = (tmp_path / "out" / "refused.jsonl").read_text().splitlines()
+    assert json.loads(line)["slide_id"] == "b"
+
+
+def test_reading_in_another_process_gives_the_same(tmp_path):
+    job = write_job(tmp_path / "job", bad=("c",))
+    import_features(job, tmp_path / "one" / "out", isolated=True, progress=False)
+    import_features(job, tmp_path / "two" / "out", isolated=False, progress=False)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")

@@ -2,6 +2,7 @@
 """TRIDENT's layout: what its readers expect, and that our own readers get the dataset back from it."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -64,12 +65,12 @@ def test_the_layout(job, dataset):
     usable = sorted(row["slide_id"] for row in slide_rows(dataset) if row["status"] == "ok")
     assert usable == ["s0", "s1", "s2", "s3"]
     run = job / "10x_64px_0px_overlap"  # 1 um/px
-    assert sorted(path.name for path in job.iterdir()) == [run.name, "slides.csv", "thumbnails"]
+    assert sorted(path.name for path in job.iterdir()) == [run.name, "contours_geojson", "slides.csv", "thumbnails"]
     assert sorted(path.name for path in run.iterdir()) == ["patches", "visualization"]
     assert sorted(path.name for path in (run / "patches").iterdir()) == [f"{name}_patches.h5" for name in usable]
-    for folder in (job / "thumbnails", run / "visualization"):
+    for folder, ours in ((job / "thumbnails", "thumbnails"), (run / "visualization", "previews")):
         assert sorted(path.name for path in folder.iterdir()) == [f"{name}.jpg" for name in usable]
-        assert (folder / "s1.jpg").read_bytes() == (dataset / "previews" / "s1.jpg").read_bytes()
+        assert (folder / "s1.jpg").read_bytes() == (dataset / ours / "s1.jpg").read_bytes()
 
 
 def test_coordinates_are_as_trident_expects_them(job, dataset):
@@ -118,8 +119,10 @@ def test_the_table_of_slides_reads_back_as_a_manifest(job, dataset):
 def test_outlines_go_along_and_a_second_export_changes_nothing(dataset, tmp_path):
     copy = tmp_path / "dataset"
     shutil.copytree(dataset, copy)
-    (copy / "masks").mkdir()
-    (copy / "masks" / "s2.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    # As of a slide whose scanned area starts at (100, 50) of the canvas, where TRIDENT counts from.
+    outline = json.loads((copy / "masks" / "s2.geojson").read_text())
+    outline["dre_slcl_bounds"] = [100, 50, 512, 512]
+    (copy / "masks" / "s2.geojson").write_text(json.dumps(outline))
     job = tmp_path / "job"
     (job / "10x_64px_0px_overlap" / "patches").mkdir(parents=True)
     leftover = job / "10x_64px_0px_overlap" / "patches" / ".tmp-1-dead-s0_patches.h5"
@@ -130,7 +133,9 @@ def test_outlines_go_along_and_a_second_export_changes_nothing(dataset, tmp_path
         summary = export_trident(copy, job, progress=False)
         contents.append({path: path.read_bytes() for path in job.rglob("*") if path.is_file()})
     assert contents[0] == contents[1]
-    assert (job / "contours_geojson" / "s2.geojson").read_text().startswith('{"type"')
+    moved = json.loads((job / "contours_geojson" / "s2.geojson").read_text())
+    before, after = (np.array(x["features"][0]["geometry"]["coordinates"][0]) for x in (outline, moved))
+    np.testing.assert_allclose(after - before, np.broadcast_to([100, 50], before.shape))
     assert (job / "contours").is_dir()
     assert not leftover.exists()
     assert (summary.num_slides, summary.num_without_tiles, summary.refused) == (4, 3, [])

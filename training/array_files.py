@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .hdf5_files import ForeignFileError, check_expansion
+from .hdf5_files import ForeignFileError, check_expansion, damage_reported
 
 if TYPE_CHECKING:
     import torch
@@ -40,18 +40,15 @@ def npz_shape(path: Path, name: str) -> tuple[int, ...] | None:
     Raises:
         ForeignFileError: `unreadable` if the file is damaged, or the array holds no numbers.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{name}.npy" not in archive.namelist():
-                return None
-            with archive.open(f"{name}.npy") as handle:
-                version = np.lib.format.read_magic(handle)
-                read_header = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = read_header(handle)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise _damaged(path, error) from error
+    with damage_reported(path, f"`{name}`"), zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            return None
+        with archive.open(f"{name}.npy") as handle:
+            version = np.lib.format.read_magic(handle)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(handle)
     _check_kind(path, name, dtype)
     return shape
 
@@ -70,7 +67,7 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         ForeignFileError: `unreadable` if the file is damaged, or an array holds objects; `too_large` if an array would
             fill the memory.
     """
-    try:
+    with damage_reported(path, "arrays"):
         with zipfile.ZipFile(path) as archive:
             sizes = {entry.filename: (entry.file_size, entry.compress_size) for entry in archive.infolist()}
         for name in names:
@@ -78,21 +75,9 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
             check_expansion(path, name, num_bytes=num_bytes, stored_bytes=stored_bytes)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in names if name in archive.files}
-    except ForeignFileError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise _damaged(path, error) from error
     for name, array in arrays.items():
         _check_kind(path, name, array.dtype)
     return arrays
-
-
-def _damaged(path: Path, error: Exception) -> ForeignFileError:
-    if "allow_pickle" in str(error) or "Object arrays" in str(error):
-        return ForeignFileError(
-            "unreadable", f"{path.name}: holds Python objects, which are never loaded; expected arrays of numbers"
-        )
-    return ForeignFileError("unreadable", f"{path.name}: cannot be read as .npz ({error}); make it again")
 
 
 def _check_kind(path: Path, name: str, dtype: np.dtype) -> None:

@@ -40,6 +40,7 @@ def features_dataset(
     encoder: str | None = None,
     width: int | None = None,
     manifest: Sequence[ManifestRow] | None = None,
+    isolated: bool = False,
     progress: bool = True,
 ) -> "datasets.Dataset":
     """Returns the tile features of a folder as a dataset that is memory-mapped from `cache_dir`.
@@ -52,6 +53,7 @@ def features_dataset(
         cache_dir (`str` or `Path`): folder for the cache.
         encoder (`str`, *optional*), width (`int`, *optional*): which features; see `open_feature_folder`.
         manifest (`Sequence[ManifestRow]`, *optional*): the slides wanted, with case, split, report, labels and mpp.
+        isolated (`bool`, *optional*, defaults to `False`): read in another process; see `open_feature_folder`.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar if the output is a terminal.
 
     Returns:
@@ -63,7 +65,7 @@ def features_dataset(
     """
     import datasets
 
-    slides = FeatureSlides(folder, encoder=encoder, width=width, manifest=manifest)
+    slides = FeatureSlides(folder, encoder=encoder, width=width, manifest=manifest, isolated=isolated)
     path = Path(cache_dir) / f"features-{slides.key[:16]}.arrow"
     refused_path = path.with_suffix(".refused.jsonl")
     if not (path.is_file() and refused_path.is_file()):
@@ -111,6 +113,7 @@ class FeatureSlides:
         encoder (`str`, *optional*), width (`int`, *optional*): which features; see `open_feature_folder`.
         manifest (`Sequence[ManifestRow]`, *optional*): the slides wanted; without it every slide is its own case in
             the split "train".
+        isolated (`bool`, *optional*, defaults to `False`): read in another process; see `open_feature_folder`.
 
     Attributes:
         folder (`FeatureFolder`): the files.
@@ -130,9 +133,13 @@ class FeatureSlides:
         encoder: str | None = None,
         width: int | None = None,
         manifest: Sequence[ManifestRow] | None = None,
+        isolated: bool = False,
     ) -> None:
+        self._isolated = isolated
         self._rows = None if manifest is None else {row.slide_id: row for row in manifest}
-        self.folder: FeatureFolder = open_feature_folder(folder, encoder=encoder, width=width, slide_ids=self._rows)
+        self.folder: FeatureFolder = open_feature_folder(
+            folder, encoder=encoder, width=width, slide_ids=self._rows, isolated=isolated
+        )
         labels = [row.labels for row in (self._rows or {}).values()]
         taken = sorted({name for row in labels for name in row} & set(FEATURE_COLUMNS))
         if taken:
@@ -157,7 +164,7 @@ class FeatureSlides:
     def iter_tables(self, *, progress: bool = True) -> Iterator[pa.Table]:
         """Yields a table of one row for each usable slide, in the order of the ids; the others go to `refused`."""
         mpp = {slide_id: row.mpp for slide_id, row in (self._rows or {}).items() if row.mpp is not None}
-        bags = iter_feature_bags(self.folder, mpp=mpp)
+        bags = iter_feature_bags(self.folder, mpp=mpp, isolated=self._isolated)
         hidden = None if progress else True  # None: hidden unless the output is a terminal
         for bag in tqdm(bags, total=len(self.folder.files), unit="slide", disable=hidden):
             if isinstance(bag, SlideError):

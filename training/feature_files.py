@@ -14,7 +14,7 @@ Features of different encoders are never mixed. Values are read by `foreign_feat
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from modeling_dre_slcl.slide_info import SlideError
 
 from .array_files import npz_shape, open_tensor
 from .coordinate_files import NPZ_SUFFIX, hdf5_geometry
+from .foreign_worker import read_foreign
 from .hdf5_files import MAX_TILES, ForeignFileError, find_dataset, find_group, open_hdf5, read_attributes
 from .manifest_checks import is_safe_id, raise_offenders
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from h5py import Dataset, File
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
+HEADER_SECONDS = 60.0
+_SUFFIXES = (*HDF5_SUFFIXES, ".pt", ".npz")
 _TRIDENT_FOLDER = "features_"
 _CLAM_FOLDERS = {"h5_files", "pt_files"}
 _MAX_WIDTH = 1 << 16
@@ -84,7 +87,12 @@ class FeatureFolder:
 
 
 def open_feature_folder(
-    folder: str | Path, *, encoder: str | None = None, width: int | None = None, slide_ids: Iterable[str] | None = None
+    folder: str | Path,
+    *,
+    encoder: str | None = None,
+    width: int | None = None,
+    slide_ids: Iterable[str] | None = None,
+    isolated: bool = False,
 ) -> FeatureFolder:
     """Lists the tile features below a folder; reads headers only.
 
@@ -97,6 +105,8 @@ def open_feature_folder(
             none are taken to be of it.
         width (`int`, *optional*): take features of this width; needed if the folder holds several.
         slide_ids (`Iterable[str]`, *optional*): take these slides only.
+        isolated (`bool`, *optional*, defaults to `False`): read in another process, which a damaged file may kill or
+            keep for ever.
 
     Returns:
         `FeatureFolder`: at least one file.
@@ -112,18 +122,13 @@ def open_feature_folder(
     wanted = None if slide_ids is None else set(slide_ids)
     found: dict[str, list[FeatureFile]] = defaultdict(list)
     refused: dict[str, SlideError] = {}
-    for path, read_header in _candidates(Path(folder)):
+    paths = [path for path in _candidates(Path(folder)) if wanted is None or path.stem in wanted]
+    names = [path.name for path in paths]
+    results = read_foreign(_read_headers, paths, names=names, seconds=HEADER_SECONDS, isolated=isolated)
+    for path, headers in zip(paths, results, strict=True):
         slide_id = path.stem
-        if wanted is not None and slide_id not in wanted:
-            continue
         try:
-            headers = [replace(file, encoder=file.encoder or encoder) for file in read_header(path)]
-            asked = [file for file in headers if encoder in (None, file.encoder) and width in (None, file.width)]
-            for file in asked or headers:
-                _check_header(file)
-            if headers and not asked:
-                other = f"encoder {headers[0].encoder}, width {headers[0].width}"
-                raise ForeignFileError("unsupported", f"{path.name}: holds other features than asked for ({other})")
+            asked = _asked_for(headers, path, encoder, width)
         except ForeignFileError as error:
             refused[slide_id] = SlideError(slide_id, error.reason, f"feature file {error}")
             continue
@@ -138,15 +143,35 @@ def open_feature_folder(
     return FeatureFolder(files, list(refused.values()))
 
 
-def _candidates(folder: Path) -> Iterator[tuple[Path, Callable[[Path], list[FeatureFile]]]]:
-    """Yields the files that may hold features, with what reads their headers, in a fixed order."""
-    readers = {**dict.fromkeys(HDF5_SUFFIXES, _hdf5_headers), ".pt": _tensor_headers, ".npz": _npz_headers}
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Yields the files that may hold features, in a fixed order."""
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(directory) / name
-            if path.suffix.lower() in readers and not name.startswith(".") and not name.endswith(NPZ_SUFFIX):
-                yield path, readers[path.suffix.lower()]
+            if path.suffix.lower() in _SUFFIXES and not name.startswith(".") and not name.endswith(NPZ_SUFFIX):
+                yield path
+
+
+def _asked_for(
+    headers: list[FeatureFile] | ForeignFileError, path: Path, encoder: str | None, width: int | None
+) -> list[FeatureFile]:
+    """Returns the features of a file that were asked for; raises what its reader raised, or why they do not fit."""
+    if isinstance(headers, ForeignFileError):
+        raise headers
+    headers = [replace(file, encoder=file.encoder or encoder) for file in headers]
+    asked = [file for file in headers if encoder in (None, file.encoder) and width in (None, file.width)]
+    for file in asked or headers:
+        _check_header(file)
+    if headers and not asked:
+        other = f"encoder {headers[0].encoder}, width {headers[0].width}"
+        raise ForeignFileError("unsupported", f"{path.name}: holds other features than asked for ({other})")
+    return asked
+
+
+def _read_headers(path: Path) -> list[FeatureFile]:
+    suffix = path.suffix.lower()
+    return _hdf5_headers(path) if suffix in HDF5_SUFFIXES else _flat_headers(path, is_tensor=suffix == ".pt")
 
 
 def _hdf5_headers(path: Path) -> list[FeatureFile]:
@@ -184,22 +209,12 @@ def _encoder_of_folder(path: Path) -> str | None:
     return name.removeprefix(_TRIDENT_FOLDER) if name.startswith(_TRIDENT_FOLDER) else None
 
 
-def _tensor_headers(path: Path) -> list[FeatureFile]:
+def _flat_headers(path: Path, *, is_tensor: bool) -> list[FeatureFile]:
+    """Returns the features of a .pt or .npz file: none or one."""
     meta = slide2vec_meta(path)
     if meta is not None and meta.get("artifact_type") != "tile_embeddings":
         return []
-    shape = tuple(open_tensor(path).shape)
-    return _flat_headers(path, shape, meta)
-
-
-def _npz_headers(path: Path) -> list[FeatureFile]:
-    meta = slide2vec_meta(path)
-    if meta is not None and meta.get("artifact_type") != "tile_embeddings":
-        return []
-    return _flat_headers(path, npz_shape(path, "features") or (), meta)
-
-
-def _flat_headers(path: Path, shape: tuple[int, ...], meta: Mapping[str, Any] | None) -> list[FeatureFile]:
+    shape = tuple(open_tensor(path).shape) if is_tensor else npz_shape(path, "features") or ()
     if len(shape) != 2:
         return []
     if meta is not None:

@@ -14,8 +14,10 @@ from modeling_dre_slcl.slide_info import SlideError
 from .array_files import open_tensor, read_npz
 from .coordinate_files import NPZ_SUFFIX, ForeignTiles, TileGeometry, hdf5_geometry, read_corners, read_slide2vec_tiles
 from .feature_files import HDF5_SUFFIXES, FeatureFile, FeatureFolder, slide2vec_meta
+from .foreign_worker import read_foreign
 from .hdf5_files import ForeignFileError, find_dataset, find_group, open_hdf5, positive_number, read_array
 
+READ_SECONDS = 900.0  # a large file on a slow share
 _ROWS_PER_CHECK = 4096
 
 
@@ -74,19 +76,31 @@ def read_feature_bag(file: FeatureFile, *, mpp: float | None = None) -> FeatureB
 
 
 def iter_feature_bags(
-    folder: FeatureFolder, *, mpp: Mapping[str, float] | None = None
+    folder: FeatureFolder, *, mpp: Mapping[str, float] | None = None, isolated: bool = False
 ) -> Iterator[FeatureBag | SlideError]:
     """Yields the features of each slide in order, or why they are refused; one slide is in memory at a time.
 
     Args:
         folder (`FeatureFolder`): from `open_feature_folder`.
         mpp (`Mapping[str, float]`, *optional*): slide id to um/px of level 0, where known; see `read_feature_bag`.
+        isolated (`bool`, *optional*, defaults to `False`): read in another process, which a damaged file may kill or
+            keep for ever.
     """
-    for file in folder.files:
-        try:
-            yield read_feature_bag(file, mpp=(mpp or {}).get(file.slide_id))
-        except SlideError as error:
-            yield error
+    tasks = [(file, (mpp or {}).get(file.slide_id)) for file in folder.files]
+    names = [file.path.name for file in folder.files]
+    results = read_foreign(_read_task, tasks, names=names, seconds=READ_SECONDS, isolated=isolated)
+    for file, result in zip(folder.files, results, strict=True):
+        if isinstance(result, ForeignFileError):
+            result = SlideError(file.slide_id, result.reason, f"feature file {result}")
+        yield result
+
+
+def _read_task(task: tuple[FeatureFile, float | None]) -> FeatureBag | SlideError:
+    file, mpp = task
+    try:
+        return read_feature_bag(file, mpp=mpp)
+    except SlideError as error:
+        return error
 
 
 def _read_values(file: FeatureFile) -> tuple[np.ndarray, ForeignTiles | None]:

@@ -16,6 +16,7 @@ from modeling_dre_slcl.slide_info import SlideError, SlideInfo
 from modeling_dre_slcl.tile_grid import TileGrid, TileGridConfig, tile_size_at_level0
 
 from .coordinate_files import META_SUFFIX, NPZ_SUFFIX, ForeignTiles, TileGeometry, read_tiles
+from .foreign_worker import time_limit
 from .hdf5_files import ForeignFileError
 from .manifest_checks import raise_offenders
 
@@ -95,7 +96,7 @@ def find_coordinates(source: str | Path | Mapping[str, tuple[Path, ...]], slide_
     return candidates[0] if candidates else None
 
 
-def read_coordinates(path: Path, info: SlideInfo, config: TileGridConfig) -> TileGrid:
+def read_coordinates(path: Path, info: SlideInfo, config: TileGridConfig, *, max_seconds: float = 60.0) -> TileGrid:
     """Reads a coordinate file of another tool as the tile grid of a slide.
 
     Micrometres (STAMP) become `round(um / info.mpp)` level-0 pixels; that is exact to the pixel if STAMP used the same
@@ -106,6 +107,8 @@ def read_coordinates(path: Path, info: SlideInfo, config: TileGridConfig) -> Til
         info (`SlideInfo`): the slide.
         config (`TileGridConfig`): size, resolution and stride that the tiles must have; its other numbers have no
             meaning here.
+        max_seconds (`float`, *optional*, defaults to 60.0): in a worker process, how long reading may take; damaged
+            attributes can hang the HDF5 library. The worker then ends, which its parent notices.
 
     Returns:
         `TileGrid`: at least one tile, in the file's order. `tissue_fraction` is NaN where the tool does not say it
@@ -118,7 +121,8 @@ def read_coordinates(path: Path, info: SlideInfo, config: TileGridConfig) -> Til
         ImportError: if h5py is needed and not installed.
     """
     try:
-        tiles = read_tiles(path)
+        with time_limit(max_seconds):
+            tiles = read_tiles(path)
     except ForeignFileError as error:
         raise SlideError(info.slide_id, error.reason, f"coordinate file {error}") from error
     _check_slide_size(path, tiles.geometry, info)

@@ -38,8 +38,36 @@ class ForeignFileError(ValueError):
     """
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(reason, message)  # both, so that it can be sent between processes
         self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@contextmanager
+def damage_reported(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a library raises over the bytes of a foreign file into a `ForeignFileError`.
+
+    Libraries promise no list of errors for damaged files: changed bytes brought up a dozen kinds.
+
+    Args:
+        path (`Path`): the file.
+        what (`str`): what is read from it, for the message.
+
+    Raises:
+        ForeignFileError: `unreadable`, or what was raised as such within.
+    """
+    try:
+        yield
+    except ForeignFileError:
+        raise
+    except Exception as error:
+        raise ForeignFileError(
+            "unreadable",
+            f"{path.name}: {what} cannot be read ({type(error).__name__}: {_first_line(error)}); make it again",
+        ) from error
 
 
 def require_h5py() -> None:
@@ -54,7 +82,7 @@ def require_h5py() -> None:
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator["File"]:
-    """Opens an HDF5 file for reading.
+    """Opens an HDF5 file for reading; in the `with` block, damage is reported as `ForeignFileError`.
 
     Args:
         path (`Path`): the file.
@@ -78,7 +106,7 @@ def open_hdf5(path: Path) -> Iterator["File"]:
             "truncated" if is_cut else "unreadable",
             f"{path.name}: cannot be opened as HDF5 ({_first_line(error)}); copy it again or make it again",
         ) from error
-    with file:
+    with file, damage_reported(path, "the content"):
         yield file
 
 
@@ -92,8 +120,11 @@ def find_dataset(group: "Group", name: str, path: Path) -> "Dataset | None":
     item = _find(group, name, path)
     if not isinstance(item, h5py.Dataset):
         return None
-    if item.is_virtual or item.external:
-        raise ForeignFileError("unsupported", f"{path.name}: the data of `{name}` lie in another file; copy them in")
+    with damage_reported(path, f"`{name}`"):
+        if item.is_virtual or item.external:
+            raise ForeignFileError(
+                "unsupported", f"{path.name}: the data of `{name}` lie in another file; copy them in"
+            )
     return item
 
 
@@ -104,15 +135,13 @@ def find_group(group: "Group", name: str, path: Path) -> "Group | None":
 
 
 def _find(group: "Group", name: str, path: Path) -> Any:
-    try:
+    with damage_reported(path, f"`{name}`"):
         link = group.get(name, getlink=True)
         if link is None:
             return None
         if not isinstance(link, h5py.HardLink):
             raise ForeignFileError("unsupported", f"{path.name}: `{name}` is a link; copy the data into the file")
         return group[name]
-    except (OSError, RuntimeError, KeyError) as error:
-        raise ForeignFileError("unreadable", f"{path.name}: `{name}` is damaged ({_first_line(error)})") from error
 
 
 def read_array(dataset: "Dataset", path: Path) -> np.ndarray:
@@ -130,19 +159,14 @@ def read_array(dataset: "Dataset", path: Path) -> np.ndarray:
             than measurements need.
     """
     name = dataset.name.lstrip("/")
-    if dataset.shape is None or dataset.dtype.kind not in "iuf":
-        raise ForeignFileError(
-            "unreadable", f"{path.name}: `{name}` holds {dataset.dtype}, expected an array of numbers"
-        )
-    chunk_bytes = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
-    try:
-        stored_bytes = dataset.id.get_storage_size()
-        check_expansion(path, name, num_bytes=dataset.nbytes, stored_bytes=stored_bytes)
+    with damage_reported(path, f"`{name}`"):
+        if dataset.shape is None or dataset.dtype.kind not in "iuf":
+            raise ForeignFileError("unreadable", f"{path.name}: `{name}` holds {dataset.dtype}, expected numbers")
+        chunk_bytes = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
+        check_expansion(path, name, num_bytes=dataset.nbytes, stored_bytes=dataset.id.get_storage_size())
         if chunk_bytes > _MAX_CHUNK_BYTES:
             raise ForeignFileError("too_large", f"{path.name}: `{name}` is stored in chunks of {chunk_bytes} bytes")
         return dataset[()]
-    except (OSError, RuntimeError) as error:
-        raise ForeignFileError("unreadable", f"{path.name}: `{name}` is damaged ({_first_line(error)})") from error
 
 
 def check_expansion(path: Path, name: str, *, num_bytes: int, stored_bytes: int) -> None:
@@ -177,12 +201,8 @@ def read_attributes(item: "File | Group | Dataset", path: Path) -> dict[str, Any
     Raises:
         ForeignFileError: `unreadable` if one cannot be read.
     """
-    try:
+    with damage_reported(path, "attributes"):
         return {name: _plain(value) for name, value in item.attrs.items()}
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ForeignFileError(
-            "unreadable", f"{path.name}: its attributes cannot be read ({_first_line(error)})"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

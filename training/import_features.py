@@ -53,6 +53,7 @@ def import_features(
     width: int | None = None,
     manifest: list[ManifestRow] | None = None,
     license_name: str = "unknown",
+    isolated: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the tile features of a folder as a dataset.
@@ -63,6 +64,7 @@ def import_features(
         encoder (`str`, *optional*), width (`int`, *optional*): which features; see `open_feature_folder`.
         manifest (`list[ManifestRow]`, *optional*): the slides wanted, with case, split, report, labels and mpp.
         license_name (`str`, *optional*, defaults to `"unknown"`): licence of the features for the card.
+        isolated (`bool`, *optional*, defaults to `True`): read in another process; see `open_feature_folder`.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar if the output is a terminal.
 
     Returns:
@@ -77,7 +79,7 @@ def import_features(
     is_ours = (out_dir / FEATURES_INFO_NAME).is_file()
     if out_dir.exists() and not is_ours and (not out_dir.is_dir() or _visible(out_dir)):
         raise ValueError(f"{out_dir}: expected a new or empty folder, or a dataset of an earlier import.")
-    slides = FeatureSlides(folder, encoder=encoder, width=width, manifest=manifest)
+    slides = FeatureSlides(folder, encoder=encoder, width=width, manifest=manifest, isolated=isolated)
     out_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(out_dir):
         remove_temporary(out_dir)
@@ -249,7 +251,7 @@ def run(args: argparse.Namespace) -> int:
             manifest=manifest,
             license_name=args.license,
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         logger.error("%s", error)
         return 1
     num_refused = sum(info["refused_by_reason"].values())

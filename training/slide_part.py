@@ -187,6 +187,7 @@ def tile_one_slide(task: SlideTask) -> PartRecord:
 
     Raises:
         OSError: if the part cannot be written (disk full), which is not the slide's fault.
+        ImportError: if a package is missing that its coordinates need.
     """
     cv2.setNumThreads(1)  # the workers themselves are the parallelism
     try:
@@ -195,7 +196,7 @@ def tile_one_slide(task: SlideTask) -> PartRecord:
             raise SlideError(task.slide_id, "changed_during_run", "the file was changed while it was read; run again")
     except SlideError as error:
         record = refuse_slide(task, error.reason, error.message)
-    except OSError:
+    except (OSError, ImportError):
         raise
     except MemoryError:
         record = refuse_slide(task, "too_large", "it takes more memory than a worker may use")

@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     except DiskFullError as error:
         logger.error("%s", error)
         return _DISK_FULL
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         logger.error("%s", error)
         return _FAILED
     sys.stdout.write(report_text(summary, args.out))

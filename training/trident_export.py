@@ -4,7 +4,7 @@
 ```
 <job>/
     slides.csv                            wsi, mpp: for --custom_list_of_wsis, and a manifest of ours
-    thumbnails/<id>.jpg                   the dataset's previews
+    thumbnails/<id>.jpg                   the dataset's thumbnails
     contours_geojson/<id>.geojson         the dataset's tissue outlines, if it has them
     <mag>x_<size>px_<overlap>px_overlap/
         patches/<id>_patches.h5           `coords` (N, 2) int64, level-0 px, with attributes
@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from modeling_dre_slcl.atomic_files import atomic_file, remove_temporary, write_text
+from modeling_dre_slcl.atomic_files import atomic_file, read_json, remove_temporary, write_json, write_text
+from modeling_dre_slcl.mask_geojson import move_to_canvas
 from modeling_dre_slcl.slide_info import SlideError
 
-from .dataset_commit import PREVIEWS_NAME
 from .dataset_info import GEOMETRY_KEYS, read_dataset_info
 from .folder_lock import folder_lock
 from .hdf5_files import require_h5py
@@ -46,7 +46,6 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-MASKS_NAME = "masks"
 CSV_NAME = "slides.csv"
 Attributes = Mapping[str, int | float | str]
 
@@ -254,16 +253,14 @@ def _export_slide(row: Mapping[str, Any], dataset: Path, job_dir: Path, summary:
     names = ("mpp", "width_px", "height_px", "tile_size_px", "tile_mpp", "stride_px", "tile_size_level0_px")
     attributes = coordinate_attributes(slide_id, **{name: row[name] for name in names})
     write_trident_coordinates(run_dir / "patches" / f"{slide_id}_patches.h5", row["tile_xy"], attributes)
-    preview = dataset / PREVIEWS_NAME / f"{slide_id}.jpg"
-    outline = dataset / MASKS_NAME / f"{slide_id}.geojson"
-    for source, folder in (
-        (preview, run_dir / "visualization"),
-        (preview, job_dir / "thumbnails"),
-        (outline, job_dir / "contours_geojson"),
-    ):
+    for pictures, folder in (("previews", run_dir / "visualization"), ("thumbnails", job_dir / "thumbnails")):
+        source = dataset / pictures / f"{slide_id}.jpg"
         if source.is_file():
             with atomic_file(folder / source.name) as temporary:
                 shutil.copyfile(source, temporary)
+    outline = dataset / "masks" / f"{slide_id}.geojson"
+    if outline.is_file():
+        write_json(job_dir / "contours_geojson" / outline.name, move_to_canvas(read_json(outline)))
     summary.num_slides += 1
     summary.num_tiles += len(row["tile_xy"])
 

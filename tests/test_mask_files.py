@@ -15,8 +15,8 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 
-from modeling_dre_slcl.mask_files import find_mask_file, read_mask
-from modeling_dre_slcl.mask_geojson import mask_to_geojson, write_mask_geojson
+from dre_slcl.training.mask_files import find_mask_file, read_mask
+from dre_slcl.training.mask_geojson import mask_to_geojson, write_mask_geojson
 from modeling_dre_slcl.slide_info import SlideInfo
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.tissue import tissue_mask

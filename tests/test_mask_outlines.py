@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from modeling_dre_slcl.mask_outlines import fill_polygon, trace_outlines
+from dre_slcl.training.mask_outlines import fill_polygon, trace_outlines
 
 SHAPES = [(1, 1), (1, 7), (5, 5), (9, 14), (30, 21)]
 

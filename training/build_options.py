@@ -4,10 +4,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from modeling_dre_slcl.mask_geojson import MASK_FRAMES
 from modeling_dre_slcl.slide_info import MAX_MPP, MIN_MPP
 from modeling_dre_slcl.tile_grid import TileGridConfig
 from modeling_dre_slcl.tissue import TISSUE_METHODS
+
+from .mask_geojson import MASK_FRAMES
 
 SHARD_BYTES = 500 << 20
 PIXELS = ("copy", "encode", "none")

@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 
 from modeling_dre_slcl.atomic_files import atomic_file, read_json, write_json
-from modeling_dre_slcl.mask_files import read_mask
 from modeling_dre_slcl.slide_reader import SlideError, SlideReader, slide_fingerprint
 from modeling_dre_slcl.slide_tiles import tile_mask
 from modeling_dre_slcl.tile_grid import TileGrid, TileGridConfig
@@ -25,6 +24,7 @@ from modeling_dre_slcl.tissue import tissue_mask
 from .dataset_tables import COORDINATE_SCHEMA, MAX_GROUP_BYTES, MAX_GROUP_TILES, TILE_SCHEMA, TileTableWriter
 from .foreign_grids import read_coordinates
 from .manifest import TileGuide
+from .mask_files import read_mask
 from .slide_claims import release_claim, take_claim
 from .slide_pictures import encode_jpeg, write_pictures
 from .worker_process import report_progress

@@ -12,11 +12,12 @@ import cv2
 import numpy as np
 
 from modeling_dre_slcl.atomic_files import atomic_file
-from modeling_dre_slcl.mask_geojson import write_mask_geojson
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.slide_tiles import draw_tile_grid
 from modeling_dre_slcl.tile_grid import TileGrid
 from modeling_dre_slcl.tissue import draw_tissue_outline
+
+from .mask_geojson import write_mask_geojson
 
 # Folder -> suffix of a slide's file in it; the same below the parts and in the dataset.
 PICTURE_SUFFIXES = {"thumbnails": ".jpg", "previews": ".jpg", "masks": ".geojson"}

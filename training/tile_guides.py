@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from modeling_dre_slcl.atomic_files import sha256_file
-from modeling_dre_slcl.mask_files import find_mask_file
 
 from .foreign_grids import find_coordinates, index_coordinates
 from .manifest import ManifestRow, TileGuide
+from .mask_files import find_mask_file
 
 
 def add_guides(

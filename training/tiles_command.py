@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from modeling_dre_slcl.mask_geojson import MASK_FRAMES
 from modeling_dre_slcl.tile_grid import TileGridConfig
 from modeling_dre_slcl.tissue import TISSUE_METHODS
 
@@ -20,6 +19,7 @@ from .build_records import BuildSummary, report_text
 from .disk_space import DiskFullError
 from .join_datasets import join_datasets
 from .manifest_shares import parse_share
+from .mask_geojson import MASK_FRAMES
 
 logger = logging.getLogger(__name__)
 

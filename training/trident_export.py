@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from modeling_dre_slcl.atomic_files import atomic_file, read_json, remove_temporary, write_json, write_text
-from modeling_dre_slcl.mask_geojson import move_to_canvas
 from modeling_dre_slcl.slide_info import SlideError
 
 from .dataset_info import GEOMETRY_KEYS, read_dataset_info
@@ -38,6 +37,7 @@ from .folder_lock import folder_lock
 from .hdf5_files import require_h5py
 from .manifest import SLIDE_SUFFIXES
 from .manifest_checks import is_safe_id
+from .mask_geojson import move_to_canvas
 
 try:
     import h5py

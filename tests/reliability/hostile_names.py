@@ -80,7 +80,7 @@ def path_traversal(root, problems):
     (root / "outside").mkdir()
     (root / "outside" / "precious.txt").write_text("x")
     for i in range(len(STRINGS) + 1):
-        write_tiff(slides / f"s{i}.tif", paint(i, 128))
+        write_tiff(slides / f"s{i}.tif", paint(i, 512))
     os.chdir(slides)
     accepted = {field: [] for field in FIELDS}
     num_cases = 0
@@ -125,7 +125,7 @@ def spreadsheet_cells(root, problems):
     """H2."""
     root.mkdir()
     for i in range(len(CELLS)):
-        write_tiff(root / f"s{i}.tif", paint(i, 128))
+        write_tiff(root / f"s{i}.tif", paint(i, 512))
     names = [f"s{i}" for i in range(len(CELLS))]
     table = {"slide_id": names, "path": [f"{name}.tif" for name in names], "report": CELLS, "note": CELLS}
     pd.DataFrame(table).to_csv(root / "manifest.csv", index=False, quoting=csv.QUOTE_ALL)
@@ -150,8 +150,8 @@ def odd_names(root, problems):
             if kind == "folder":
                 os.mkdir(target)  # noqa: PTH102 - the name may be no text
                 target += b"/ok"
-            write_tiff(slides / "good.tif", paint(1, 128))
-            write_tiff(slides / "second.tif", paint(2, 128))
+            write_tiff(slides / "good.tif", paint(1, 512))
+            write_tiff(slides / "second.tif", paint(2, 512))
             os.rename(slides / "second.tif", target + b".tif")  # noqa: PTH104
             try:
                 summary = build(slides, slides / "out")
@@ -173,7 +173,7 @@ def identity(root, problems):
     """H8: four ways in which slides or cases can be the same; all that offend must be listed."""
     (root / "slides" / "b").mkdir(parents=True)
     for i, name in enumerate(("a0", "a1", "a2", "b/a0")):
-        write_tiff(root / "slides" / f"{name}.tif", paint(i, 128))
+        write_tiff(root / "slides" / f"{name}.tif", paint(i, 512))
 
     def expect(name, words, make):
         try:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .atomic_files import write_text
+from modeling_dre_slcl.atomic_files import write_text
+from modeling_dre_slcl.slide_info import SlideInfo
+
 from .mask_outlines import MAX_FILL_COST, fill_polygon, trace_outlines
-from .slide_info import SlideInfo
 
 MASK_FRAMES = ("qupath", "canvas")
 # Regions of these classes (in any case, with or without QuPath's "*") are cut out of the tissue.

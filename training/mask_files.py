@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_dre_slcl.slide_info import SlideInfo
+
 from .mask_geojson import frame_origin, read_mask_geojson
-from .slide_info import SlideInfo
 
 try:
     import cv2

@@ -58,7 +58,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float | in
     """Returns the named figures."""
     side_px = round(arguments.tiles**0.5) * TILE_PX
     for number in range(arguments.slides):
-        slide = write_slide(folder / "many" / f"slide-{number}.svs", side_px, side_px, tissue_share=1, seed=number)
+        # Of different sizes, for slides of the same content are refused.
+        slide = write_slide(
+            folder / "many" / f"slide-{number}.svs", side_px + number * TILE_PX, side_px, tissue_share=1
+        )
     few = write_slide(folder / "few" / "slide.svs", 1024, 1024, tissue_share=1)
     large = write_slide(folder / "large" / "slide.svs", 40_000, 30_000)
     large_40x = write_slide(folder / "large_40x" / "slide.svs", 40_000, 30_000, mpp=0.25)

@@ -81,12 +81,13 @@ def tissue_mask(overview_rgb: np.ndarray, mpp: float, method: str = "stain") -> 
     height, width = overview_rgb.shape[:2]
     if overview_rgb.size == 0:
         return np.zeros((height, width), dtype=bool)
-    shrink = max(_WORKING_MPP / mpp, math.sqrt(height * width / _MAX_WORKING_PX), 1.0)
-    if shrink < 1.25:
+    # A whole number: its averages cost a tenth of those of a fraction.
+    shrink = math.ceil(max(_WORKING_MPP / mpp, math.sqrt(height * width / _MAX_WORKING_PX)) - 0.25)
+    if shrink <= 1:
         return _find_tissue(overview_rgb, mpp, method)
-    size = max(1, round(width / shrink)), max(1, round(height / shrink))
+    size = math.ceil(width / shrink), math.ceil(height / shrink)
     small_rgb = cv2.resize(overview_rgb, size, interpolation=cv2.INTER_AREA)
-    small = _find_tissue(small_rgb, mpp * shrink, method).astype(np.uint8) * 255
+    small = _find_tissue(small_rgb, mpp * width / size[0], method).astype(np.uint8) * 255
     mask = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.greater(mask, 127, out=mask.view(np.bool_))  # in place: the picture may be large
 

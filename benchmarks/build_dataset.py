@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -68,13 +69,16 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float | in
     huge = write_slide(folder / "huge" / "slide.svs", arguments.huge_px, arguments.huge_px, store_once=True)
     figures: dict[str, float | int | str] = {"machine": platform.machine(), "cpus": os.cpu_count() or 1}
     figures["tile_bytes"] = round(slide.stat().st_size / (side_px / TILE_PX) ** 2)
-    figures["reference_ms_per_tile"] = reference_ms_per_tile(slide, arguments.reference_tiles)
+    references = []
     for pixels in ("encode", "copy", "none"):
+        # Before each build, since the speed of a shared machine changes within minutes.
+        references.append(reference_ms_per_tile(slide, arguments.reference_tiles))
         start_seconds, _, _ = build(few, folder / f"few-{pixels}", pixels)
         seconds, num_tiles, _ = build(slide, folder / f"out-{pixels}", pixels)
         figures["num_tiles"] = num_tiles
         figures[f"{pixels}_ms_per_tile"] = 1000 * seconds / num_tiles
         figures[f"{pixels}_marginal_ms_per_tile"] = 1000 * max(0.0, seconds - start_seconds) / num_tiles
+    figures["reference_ms_per_tile"] = statistics.median(references)
     for pixels in ("encode", "copy"):
         for kind in ("", "_marginal"):
             ratio = figures["reference_ms_per_tile"] / figures[f"{pixels}{kind}_ms_per_tile"]

@@ -180,18 +180,15 @@ def key_is(out, name, key):
 
 def _declare_during_exchange():
     """The file that declares the dataset finished stays, its sizes are not looked at, and the exchange is slow."""
-    unlink, rename = Path.unlink, Path.replace
-
-    def keep(self, **options):
-        if self.name != dataset_commit.DATASET_INFO_NAME:
-            unlink(self, **options)
+    rename = Path.replace
 
     def rename_slowly(self, target):
-        if self.parent.name.endswith("-staging"):
+        if self.parent.name in {"slides", "tiles"} and self.parent.parent.name.endswith("-staging"):
             time.sleep(0.1)
         return rename(self, target)
 
-    Path.unlink, Path.replace = keep, rename_slowly
+    Path.replace = rename_slowly
+    dataset_commit._set_info_aside = lambda staging, out_dir, build_key: True
 
 
 def _restore_any():
@@ -207,11 +204,11 @@ def _restore_any():
 
 
 def _forget_parts():
-    shared.build_module.find_part = lambda parts_dir, slide_id, key: None
+    shared.build_module.find_part = slide_part.find_record = lambda parts_dir, slide_id, key: None
 
 
 def _leave_temporary_files():
-    shared.build_module.remove_temporary = lambda folder: 0
+    shared.build_module._clean_up = lambda leftovers, tasks, member: None
 
 
 SABOTAGES = {

@@ -52,7 +52,7 @@ def restore_parts(out_dir: Path, tasks: Sequence[SlideTask], parameters: Mapping
         task.slide_id: task
         for task in tasks
         if info["given_mpp"].get(task.slide_id) == task.mpp
-        and info["guides"].get(task.slide_id) == (task.guide and [task.guide.kind, task.guide.sha256])
+        and info["guides"].get(task.slide_id) == (task.guide and task.guide.content)
         and all((out_dir / name).is_file() for name in picture_names(task.slide_id, has_mask=task.looks_for_tissue))
     }
     num_restored = 0

@@ -59,6 +59,11 @@ class TileGuide:
     sha256: str = ""
     problem: str = ""
 
+    @property
+    def content(self) -> list[str]:
+        """What the tiles of its slide depend on: kind and hash, as datasets record it."""
+        return [self.kind, self.sha256]
+
 
 @dataclass(frozen=True)
 class ManifestRow:

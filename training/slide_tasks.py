@@ -39,7 +39,7 @@ def is_duplicate(row: ManifestRow, first: str) -> bool:
 
 def guide_content(row: ManifestRow) -> list[str] | None:
     """Returns what the tiles of a slide depend on beside the slide and the options: kind and hash of its guide."""
-    return None if row.guide is None else [row.guide.kind, row.guide.sha256]
+    return None if row.guide is None else row.guide.content
 
 
 def _missing_guide(guide: TileGuide) -> str:

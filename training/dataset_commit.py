@@ -99,9 +99,10 @@ def finish_dataset(
         **extra_info,
     }
     write_dataset_info(out_dir, content=content, files=files)
-    # Another member of the same build may still be there for a moment, and write.
-    shutil.rmtree(out_dir / PARTS_NAME, ignore_errors=True)
+    # The parts go last: by them the next build sees that a kill has left something behind. Another member of the same
+    # build may still be there for a moment, and write.
     shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(out_dir / PARTS_NAME, ignore_errors=True)
     return summary
 
 

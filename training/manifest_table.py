@@ -11,9 +11,9 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .manifest_checks import raise_offenders
 
@@ -98,7 +98,7 @@ def _read_lines(path: Path, delimiter: str) -> list[list[str]]:
     previous_limit = csv.field_size_limit(_MAX_FIELD_CHARS)  # a report may be longer than csv's 128 kB
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
-            lines = list(csv.reader(handle, delimiter=delimiter, strict=True))
+            lines = list(csv.reader(_bounded_lines(handle), delimiter=delimiter, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a UTF-8 table with quoted text fields ({error}).") from error
     finally:
@@ -107,6 +107,14 @@ def _read_lines(path: Path, delimiter: str) -> list[list[str]]:
     if len(lines) < 2:
         raise ValueError(f"{path}: the table is empty; expected a header with at least `path`, and one row per slide.")
     return lines
+
+
+def _bounded_lines(handle: TextIO) -> Iterator[str]:
+    """Yields lines; one without end is given up before it fills the memory."""
+    while line := handle.readline(_MAX_FIELD_CHARS + 1):
+        if len(line) > _MAX_FIELD_CHARS:
+            raise csv.Error(f"a line of more than {_MAX_FIELD_CHARS} characters")
+        yield line
 
 
 def _delimiter(path: Path) -> str:

@@ -37,7 +37,7 @@ REASONS = frozenset(
 
 MIN_MPP = 0.05
 MAX_MPP = 10.0
-NATIVE_TOLERANCE = 0.02  # a level this close to the wanted resolution is used as it is
+_NATIVE_TOLERANCE = 0.02  # a level this close to the wanted resolution is used as it is
 _MAX_MPP_DIFFERENCE = 0.05  # of x and y, relative
 _MAX_LEVELS = 32
 _MAX_SIDE_PX = 1 << 20
@@ -101,7 +101,7 @@ class SlideInfo:
         tiles neither overlap nor leave gaps, and coincide with the level's own compressed tiles. Otherwise exact.
         """
         wanted = tile_mpp / self.mpp
-        native = [level for level in self.level_downsamples if abs(wanted / level - 1) <= NATIVE_TOLERANCE]
+        native = [level for level in self.level_downsamples if is_native_level(wanted, level)]
         return min(native, key=lambda level: abs(wanted / level - 1)) if native else wanted
 
     def level_for(self, downsample: float) -> int:
@@ -109,9 +109,14 @@ class SlideInfo:
         fine = [
             (level_downsample, level)
             for level, level_downsample in enumerate(self.level_downsamples)
-            if level_downsample <= downsample * (1 + NATIVE_TOLERANCE)
+            if level_downsample <= downsample * (1 + _NATIVE_TOLERANCE)
         ]
         return max(fine)[1] if fine else 0
+
+
+def is_native_level(downsample: float, level_downsample: float) -> bool:
+    """Whether a level is so close to the wanted resolution that its pixels are used as they are."""
+    return abs(downsample / level_downsample - 1) <= _NATIVE_TOLERANCE
 
 
 def make_slide_info(

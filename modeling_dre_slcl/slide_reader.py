@@ -23,7 +23,7 @@ import numpy as np
 
 from .pixel_areas import composite, cut_length, reduce_area
 from .slide_file import check_regular_file, slide_fingerprint
-from .slide_info import NATIVE_TOLERANCE, REASONS, SlideError, SlideInfo, make_slide_info
+from .slide_info import REASONS, SlideError, SlideInfo, is_native_level, make_slide_info
 from .tiff_header import check_tiff_header
 from .tiff_tiles import CACHE_BYTES, TiffTiles
 
@@ -232,7 +232,7 @@ class SlideReader:
         downsample = min(mpp / self.info.mpp, width, height, _MAX_READ_PX)
         downsample = float(max(downsample, 1, max(width, height) / _MAX_OVERVIEW_PX))
         level_downsample = self.info.level_downsamples[self.info.level_for(downsample)]
-        if _is_native(downsample, level_downsample):
+        if is_native_level(downsample, level_downsample):
             # Across a whole slide 2% are many pixels: say the level's own factor.
             downsample = level_downsample
         if self._overview is None or self._overview[1] != downsample:
@@ -253,7 +253,7 @@ class SlideReader:
     def _plan_level(self, downsample: float) -> _Plan:
         level = self.info.level_for(downsample)
         level_downsample = self.info.level_downsamples[level]
-        is_native = _is_native(downsample, level_downsample)
+        is_native = is_native_level(downsample, level_downsample)
         return level, level_downsample, 1.0 if is_native else downsample / level_downsample
 
     def _read_area(self, x: int, y: int, plan: _Plan, out: np.ndarray) -> None:
@@ -361,11 +361,6 @@ def _error_reason(error: "openslide.OpenSlideError") -> str:
     if any(sign in detail for sign in _UNSUPPORTED_SIGNS):
         return "unsupported"
     return "truncated" if any(sign in detail for sign in _TRUNCATED_SIGNS) else "unreadable"
-
-
-def _is_native(downsample: float, level_downsample: float) -> bool:
-    """Whether a level is so close to the wanted resolution that its pixels are used as they are."""
-    return abs(downsample / level_downsample - 1) <= NATIVE_TOLERANCE
 
 
 def _whole_start(position: int, tile_px: int, length_px: int, downsample: float) -> int:

@@ -253,8 +253,8 @@ def _find_tissue(reader: SlideReader, task: SlideTask) -> np.ndarray | None:
 
 def _make_grid(reader: SlideReader, task: SlideTask, mask: np.ndarray | None) -> TileGrid:
     """Decides where the tiles of a slide are: the one place for it."""
-    reader.check_resolution(task.grid_config.tile_mpp)
     if mask is None:
+        reader.check_resolution(task.grid_config.tile_mpp)
         return read_coordinates(task.guide.path, reader.info, task.grid_config)
     _, downsample = reader.read_overview(task.grid_config.mask_mpp)
     return tile_mask(reader, mask, downsample, task.grid_config)

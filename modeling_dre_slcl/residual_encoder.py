@@ -138,9 +138,12 @@ class CodewordLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Refines tokens of shape `(B, K, D)`; arguments and returns as in `CodewordAttention`."""
         attended, weights = self.attention(self.attention_norm(tokens), token_mask, need_weights)
-        tokens = tokens + self.dropout(attended)
+        return self.feed_forward(tokens + self.dropout(attended)), weights
+
+    def feed_forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The second half of the layer: tokens of shape `(B, K, D)` after attention -> tokens of the same shape."""
         expanded = F.gelu(self.intermediate(self.feed_forward_norm(tokens)))
-        return tokens + self.dropout(self.output(expanded)), weights
+        return tokens + self.dropout(self.output(expanded))
 
 
 @dataclass

@@ -140,7 +140,7 @@ class SlideState:
     @property
     def feature_sums(self) -> torch.Tensor:
         """Sums of tile features per codeword: `torch.Tensor` of shape `(K, D)`, float64 (exact up to 2^22 tiles)."""
-        return self.fixed_sums.to(torch.float64) * 2.0**-GRID_BITS
+        return from_fixed_point(self.fixed_sums)
 
     def residuals(self, codebook: torch.Tensor) -> torch.Tensor:
         """Returns the residuals V_k = S_k - n_k c_k: `torch.Tensor` of shape `(K, D)`, float64.
@@ -254,6 +254,11 @@ def fixed_point(features: torch.Tensor) -> torch.Tensor:
     return (wide * 2.0**GRID_BITS).round().to(torch.int64)
 
 
+def from_fixed_point(fixed: torch.Tensor) -> torch.Tensor:
+    """Returns what numbers in units of 2^-30, int64, stand for, float64."""
+    return fixed.to(torch.float64) * 2.0**-GRID_BITS
+
+
 def _check_tensors(sums: torch.Tensor, counts: torch.Tensor) -> None:
     is_fine = sums.ndim == 2 and counts.shape == sums.shape[:1] and sums.dtype == counts.dtype == torch.int64
     if not is_fine:
@@ -265,4 +270,4 @@ def _check_tensors(sums: torch.Tensor, counts: torch.Tensor) -> None:
         raise ValueError("its counts are negative or do not fit its sums")
 
 
-__all__ = ["SlideState", "codebook_sha256", "fixed_point"]
+__all__ = ["SlideState", "codebook_sha256", "fixed_point", "from_fixed_point"]

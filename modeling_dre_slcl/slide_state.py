@@ -88,8 +88,9 @@ class SlideState:
                 codebook is another one.
         """
         self.check_codebook(codebook)
-        fixed = fixed_point(features)
-        assignment = assign_codewords(features, codebook)
+        fixed = fixed_point(features).to(self.counts.device)
+        # In float64: in float32 a tile between two codewords may go to either, by how many tiles are added with it.
+        assignment = assign_codewords(from_fixed_point(fixed), codebook.to(self.counts.device))
         self.fixed_sums.index_add_(0, assignment, fixed, alpha=sign)
         self.counts.index_add_(0, assignment, torch.full_like(assignment, sign))
         return assignment
@@ -131,6 +132,10 @@ class SlideState:
     def copy(self) -> "SlideState":
         """Returns an independent copy."""
         return replace(self, fixed_sums=self.fixed_sums.clone(), counts=self.counts.clone())
+
+    def to(self, device: torch.device | str) -> "SlideState":
+        """Returns the state on a device."""
+        return replace(self, fixed_sums=self.fixed_sums.to(device), counts=self.counts.to(device))
 
     @property
     def num_tiles(self) -> int:
@@ -213,7 +218,7 @@ class SlideState:
                 state.check_codebook(codebook)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-            state = replace(state, fixed_sums=sums.to(codebook.device), counts=counts.to(codebook.device))
+            state = state.to(codebook.device)
         return state
 
     def _check_same_kind(self, other: "SlideState") -> None:

@@ -35,10 +35,15 @@ def state_of(features, codebook):
     return state
 
 
+def codewords_of(features, codebook):
+    distances = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.argmin(dim=1).tolist()
+
+
 def integer_sums(features, codebook):
     """Sums in units of 2^-30 and counts, in Python's integers; ties of rounding go to the even number, as IEEE's."""
     sums, counts = [[0] * WIDTH for _ in range(CODEWORDS)], [0] * CODEWORDS
-    for feature, codeword in zip(features.tolist(), assign_codewords(features, codebook).tolist(), strict=True):
+    for feature, codeword in zip(features.tolist(), codewords_of(features, codebook), strict=True):
         counts[codeword] += 1
         for axis, x in enumerate(feature):
             numerator, denominator = x.as_integer_ratio()

@@ -6,8 +6,9 @@
 
 The model has the default sizes (384 wide, 16 codewords, 2 layers) and random weights. Slides are synthetic tile
 features: a slide of the second class has one tile in twelve of a kind that those of the first class lack. What is
-explained is a ridge probe that was fitted on the embeddings of other slides. Deletion and insertion curves compare the order of exact deletion with that of its first-order term, of
-attention, and of chance; the curves of the first slide are drawn to `--out`.
+explained is a ridge probe that was fitted on the embeddings of other slides. Deletion and insertion curves compare the
+order of exact deletion with that of its first-order term, of attention, and of chance; the curves of the first slide
+are drawn to `--out`.
 
 Ends in one line of JSON. Targets: `seconds_deletion` under 10 on two quiet cores; `largest_error` (of exact deletion
 against encoding the slide again without the tile in float64, relative to the largest effect) under 0.01;

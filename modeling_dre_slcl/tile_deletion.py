@@ -2,9 +2,8 @@
 """The slide embedding without each of its tiles in turn, exactly, for all tiles of a slide in seconds.
 
 Taking a tile out changes one codeword's sum. Every other codeword's token stays as it is, because each is normalised
-on its own and their common norm depends only on how many are not empty. So the first layer computes queries, keys and
-values for one token a tile, and empty codewords take no part; after its attention all tokens differ. Tiles that empty
-a codeword take the long way.
+on its own and their common norm depends only on how many are not empty. So most of the first layer is computed once
+for all tiles (`_FirstLayer`), and empty codewords take no part. Tiles that empty a codeword take the long way.
 
 Letters: N tiles, n tiles left out at once, K codewords, U of them used, D feature width, A attention heads.
 """
@@ -13,8 +12,9 @@ import copy
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
-from .residual_encoder import ResidualEncoder
+from .residual_encoder import CodewordLayer, ResidualEncoder
 from .slide_state import SlideState, fixed_point, from_fixed_point
 
 _MIN_NORM = 1e-6  # of a residual, below which its direction is noise: these tiles take the long way
@@ -87,49 +87,100 @@ class _EncodedSlide:
         self.is_regular = bool((residuals.norm(dim=1) > _MIN_NORM).all())
         self.scale = (encoder.codebook.numel() / len(self.used)) ** 0.5
         self.tokens = self._to_tokens(residuals, self.used)
-        # (U, 3, A, D / A) -> (3, A, U, D / A)
-        self.first = self._project(self.tokens).permute(1, 2, 0, 3)
+        self.first: dict[int, _FirstLayer] = {}
 
     def _to_tokens(self, residuals: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         directions = residuals / residuals.norm(dim=1, keepdim=True) * self.scale
         return directions.to(self.encoder.norm.weight.dtype) + self.encoder.codeword_embedding[codewords]
 
-    def _project(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values in the first layer of tokens `(n, D)`: `(n, 3, A, D / A)`."""
-        layer = self.encoder.layers[0]
-        attention = layer.attention
-        projected = attention.query_key_value(layer.attention_norm(tokens))
-        return projected.view(len(tokens), 3, attention.num_attention_heads, attention.head_size)
-
     def encode_changed(self, codeword: int, residuals: torch.Tensor) -> torch.Tensor:
         """Embeddings `(n, D)` of the slide with other residuals `(n, D)`, float64, of one codeword."""
-        place = int((self.used == codeword).nonzero())
-        changed = self._to_tokens(residuals, self.used[place])
-        tokens = self.tokens.repeat(len(changed), 1, 1)
-        tokens[:, place] = changed
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         first, *others = self.encoder.layers
-        tokens = first.feed_forward(tokens.add_(self._attend_changed(place, changed)))
+        if codeword not in self.first:
+            place = int((self.used == codeword).nonzero())
+            self.first = {codeword: _FirstLayer(first, self.tokens, place)}
+        tokens = self.first[codeword](self._to_tokens(residuals, codeword))
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         for layer in others:
             tokens, _ = layer(tokens, mask, need_weights=False)
         return self.encoder.norm(tokens).mean(dim=1)
 
-    def _attend_changed(self, place: int, changed: torch.Tensor) -> torch.Tensor:
-        """What the first layer's attention adds to tokens `(n, U, D)` of which one is `changed` `(n, D)`."""
-        attention = self.encoder.layers[0].attention
-        query, key, value = self.first
-        # (n, 3, A, D / A) -> 3 of (n, A, D / A)
-        new_query, new_key, new_value = self._project(changed).unbind(dim=1)
-        scores = (query @ key.transpose(-1, -2)).repeat(len(changed), 1, 1, 1)
-        scores[:, :, :, place] = torch.einsum("aud,nad->nau", query, new_key)
-        scores[:, :, place] = torch.einsum("nad,aud->nau", new_query, key)
-        scores[:, :, place, place] = (new_query * new_key).sum(dim=-1)
-        weights = scores.mul_(attention.head_size**-0.5).softmax(dim=-1)
-        others = value.clone()
-        others[:, place] = 0
-        mixed = weights @ others + weights[..., place, None] * new_value[:, :, None]
-        # (n, A, U, D / A) -> (n, U, D)
-        return attention.output(mixed.transpose(1, 2).flatten(2))
+
+class _FirstLayer:
+    """A layer for tokens that all stay as they are but one.
+
+    What attention adds to an unchanged token is (1 - w) a + w b in each head: a is what it got from the unchanged
+    tokens, b the changed token's value, w the weight on it. So a token after attention, and, since layer norm is
+    linear but for a scale, what the feed-forward part's first matrix makes of it, are sums of few vectors: A that
+    belong to the place, computed once, and A that belong to the tile.
+
+    Args:
+        layer (`CodewordLayer`): the layer.
+        tokens (`torch.Tensor` of shape `(U, D)`): the tokens.
+        place (`int`): which of them will be changed.
+    """
+
+    def __init__(self, layer: CodewordLayer, tokens: torch.Tensor, place: int) -> None:
+        self.layer, self.place = layer, place
+        attention, norm, intermediate = layer.attention, layer.feed_forward_norm, layer.intermediate
+        # (U, 3, A, D / A) -> 3 of (A, U, D / A)
+        self.query, self.key, self.value = self._project(tokens).permute(1, 2, 0, 3)
+        scores = self._scale(self.query @ self.key.transpose(-1, -2))
+        scores[:, :, place] = -torch.inf
+        self.log_total = scores.logsumexp(dim=-1)
+        others = scores.softmax(dim=-1).nan_to_num() @ self.value
+        # (D, A D / A) -> (A, D / A, D): what each head adds to a token
+        self.heads = attention.output.weight.unflatten(1, (attention.num_attention_heads, -1)).permute(1, 2, 0)
+        added = (others @ self.heads).transpose(0, 1)
+        self.base, self.steps = tokens + attention.output.bias + added.sum(dim=1), -added
+        # W LN(y) = (W g (y - mean)) / deviation + W b: the mean goes into the matrix.
+        weight = intermediate.weight * norm.weight
+        weight = (weight - weight.mean(dim=1, keepdim=True)).T
+        self.hidden_bias = intermediate.weight @ norm.bias + intermediate.bias
+        self.hidden_base, self.hidden_steps = self.base @ weight, self.steps @ weight
+        self.hidden_heads = self.heads @ weight
+
+    def _project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of tokens `(n, D)`: `(n, 3, A, D / A)`."""
+        attention = self.layer.attention
+        projected = attention.query_key_value(self.layer.attention_norm(tokens))
+        return projected.view(len(tokens), 3, attention.num_attention_heads, attention.head_size)
+
+    def _scale(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores * self.layer.attention.head_size**-0.5
+
+    def __call__(self, changed: torch.Tensor) -> torch.Tensor:
+        """All tokens after the layer, `(n, U, D)`, if the one at the place is `changed` `(n, D)`."""
+        # (n, 3, A, D / A) -> 3 of (A, n, D / A)
+        query, key, value = self._project(changed).permute(1, 2, 0, 3)
+        # (A, n, U) -> (n, U, A): how much each unchanged token attends to the changed one
+        weights = torch.sigmoid(self._scale(key @ self.query.transpose(-1, -2)) - self.log_total[:, None])
+        weights = weights.permute(1, 2, 0)
+        tokens = _mix(weights, self.base, self.steps, (value @ self.heads).transpose(0, 1))
+        hidden = _mix(weights, self.hidden_base, self.hidden_steps, (value @ self.hidden_heads).transpose(0, 1))
+        variance = tokens.var(dim=-1, keepdim=True, correction=0)
+        hidden.mul_((variance + self.layer.feed_forward_norm.eps).rsqrt()).add_(self.hidden_bias)
+        tokens[:, self.place] = changed + self._attend(query, key, value)
+        own = self.layer.feed_forward_norm(tokens[:, self.place])
+        hidden[:, self.place] = self.layer.intermediate(own)
+        return tokens.add_(self.layer.output(F.gelu(hidden)))
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What attention adds to the changed token, of which the arguments `(A, n, D / A)` are: `(n, D)`."""
+        scores = self._scale(query @ self.key.transpose(-1, -2))
+        scores[:, :, self.place] = self._scale((query * key).sum(dim=-1))
+        weights = scores.softmax(dim=-1)
+        own = weights[:, :, self.place, None] * value
+        weights[:, :, self.place] = 0
+        # (A, n, D / A) -> (n, D)
+        return self.layer.attention.output((weights @ self.value + own).transpose(0, 1).flatten(1))
+
+
+def _mix(weights: torch.Tensor, base: torch.Tensor, steps: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+    """base `(U, F)` + sum over heads of weights `(n, U, A)` times (steps `(U, A, F)` + fresh `(n, A, F)`)."""
+    # (U, n, A) @ (U, A, F) -> (n, U, F)
+    placed = torch.baddbmm(base[:, None], weights.transpose(0, 1), steps).transpose(0, 1)
+    return torch.baddbmm(placed, weights, fresh)
 
 
 __all__ = ["embeddings_without_tiles", "wide_encoder"]

@@ -87,7 +87,7 @@ class _EncodedSlide:
         self.is_regular = bool((residuals.norm(dim=1) > _MIN_NORM).all())
         self.scale = (encoder.codebook.numel() / len(self.used)) ** 0.5
         self.tokens = self._to_tokens(residuals, self.used)
-        self.first: dict[int, _FirstLayer] = {}
+        self.first = _FirstLayer(encoder.layers[0], self.tokens)
 
     def _to_tokens(self, residuals: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         directions = residuals / residuals.norm(dim=1, keepdim=True) * self.scale
@@ -95,13 +95,10 @@ class _EncodedSlide:
 
     def encode_changed(self, codeword: int, residuals: torch.Tensor) -> torch.Tensor:
         """Embeddings `(n, D)` of the slide with other residuals `(n, D)`, float64, of one codeword."""
-        first, *others = self.encoder.layers
-        if codeword not in self.first:
-            place = int((self.used == codeword).nonzero())
-            self.first = {codeword: _FirstLayer(first, self.tokens, place)}
-        tokens = self.first[codeword](self._to_tokens(residuals, codeword))
+        self.first.go_to(int((self.used == codeword).nonzero()))
+        tokens = self.first(self._to_tokens(residuals, codeword))
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        for layer in others:
+        for layer in self.encoder.layers[1:]:
             tokens, _ = layer(tokens, mask, need_weights=False)
         return self.encoder.norm(tokens).mean(dim=1)
 
@@ -117,28 +114,34 @@ class _FirstLayer:
     Args:
         layer (`CodewordLayer`): the layer.
         tokens (`torch.Tensor` of shape `(U, D)`): the tokens.
-        place (`int`): which of them will be changed.
     """
 
-    def __init__(self, layer: CodewordLayer, tokens: torch.Tensor, place: int) -> None:
-        self.layer, self.place = layer, place
+    def __init__(self, layer: CodewordLayer, tokens: torch.Tensor) -> None:
+        self.layer, self.tokens, self.place = layer, tokens, -1
         attention, norm, intermediate = layer.attention, layer.feed_forward_norm, layer.intermediate
         # (U, 3, A, D / A) -> 3 of (A, U, D / A)
         self.query, self.key, self.value = self._project(tokens).permute(1, 2, 0, 3)
+        # (D, A D / A) -> (A, D / A, D): what each head adds to a token
+        self.heads = attention.output.weight.unflatten(1, (attention.num_attention_heads, -1)).permute(1, 2, 0)
+        # W LN(y) = (W g (y - mean)) / deviation + W b: the mean goes into the matrix.
+        weight = intermediate.weight * norm.weight
+        self.hidden_weight = (weight - weight.mean(dim=1, keepdim=True)).T
+        self.hidden_bias = intermediate.weight @ norm.bias + intermediate.bias
+        self.hidden_heads = self.heads @ self.hidden_weight
+
+    def go_to(self, place: int) -> None:
+        """Chooses which token will be changed."""
+        if place == self.place:
+            return
+        self.place = place
         scores = self._scale(self.query @ self.key.transpose(-1, -2))
         scores[:, :, place] = -torch.inf
         self.log_total = scores.logsumexp(dim=-1)
+        # A token that is alone gets nothing from others.
         others = scores.softmax(dim=-1).nan_to_num() @ self.value
-        # (D, A D / A) -> (A, D / A, D): what each head adds to a token
-        self.heads = attention.output.weight.unflatten(1, (attention.num_attention_heads, -1)).permute(1, 2, 0)
         added = (others @ self.heads).transpose(0, 1)
-        self.base, self.steps = tokens + attention.output.bias + added.sum(dim=1), -added
-        # W LN(y) = (W g (y - mean)) / deviation + W b: the mean goes into the matrix.
-        weight = intermediate.weight * norm.weight
-        weight = (weight - weight.mean(dim=1, keepdim=True)).T
-        self.hidden_bias = intermediate.weight @ norm.bias + intermediate.bias
-        self.hidden_base, self.hidden_steps = self.base @ weight, self.steps @ weight
-        self.hidden_heads = self.heads @ weight
+        self.base, self.steps = self.tokens + self.layer.attention.output.bias + added.sum(dim=1), -added
+        self.hidden_base, self.hidden_steps = self.base @ self.hidden_weight, self.steps @ self.hidden_weight
 
     def _project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values of tokens `(n, D)`: `(n, 3, A, D / A)`."""

@@ -12,6 +12,7 @@ COMMANDS = {
     "tiles": ("dre_slcl.training.tiles_command", "tile slides into a Hugging Face dataset"),
     "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
+    "explain": ("dre_slcl.training.explain_slide", "show which tiles of a slide speak for a text or a class"),
     "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),
     "export": ("dre_slcl.training.export_dataset", "write a slide dataset in the layout of another tool"),
     "import-features": ("dre_slcl.training.import_features", "tile features of other tools as a dataset"),

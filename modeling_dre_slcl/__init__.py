@@ -10,7 +10,8 @@ from .memory_bank import MemoryBank
 from .modeling_dre_slcl import DreSlclModel, DreSlclOutput
 from .pipeline_dre_slcl import TASK, SlideFeatureExtractionPipeline
 from .processing_dre_slcl import DreSlclProcessor
-from .residual_encoder import ResidualEncoder, ResidualState
+from .residual_encoder import ResidualEncoder
+from .slide_state import SlideState
 
 AutoConfig.register("dre_slcl", DreSlclConfig, exist_ok=True)
 AutoModel.register(DreSlclConfig, DreSlclModel, exist_ok=True)
@@ -34,6 +35,6 @@ __all__ = [
     "DreSlclProcessor",
     "MemoryBank",
     "ResidualEncoder",
-    "ResidualState",
     "SlideFeatureExtractionPipeline",
+    "SlideState",
 ]

@@ -6,7 +6,7 @@ Letters: B slides, M sampled tiles of each, N tiles, C channels, H and W pixels,
 R width of report encodings, E joint width, T text tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from .configuration_dre_slcl import DreSlclConfig
 from .contrastive_loss import similarity_logits, slide_level_contrastive_loss
 from .memory_bank import MemoryBank, codeword_drift
 from .report_encoder import pool_report_states
-from .residual_encoder import ResidualEncoder, ResidualState, residual_sums
+from .residual_encoder import ResidualEncoder, residual_sums
+from .slide_interfaces import SlideInterfaces
 from .tile_encoder import build_tile_encoder, encode_tiles, tile_encoder_width
 
 
@@ -95,7 +96,7 @@ class DreSlclPreTrainedModel(PreTrainedModel):
         self.tile_encoder._set_gradient_checkpointing(enable=enable, **kwargs)
 
 
-class DreSlclModel(DreSlclPreTrainedModel):
+class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
     """A whole-slide encoder: tiles of a slide -> one embedding per slide, comparable with pathology reports.
 
     Example:
@@ -262,14 +263,6 @@ class DreSlclModel(DreSlclPreTrainedModel):
         outputs.tile_features = tile_features
         return outputs
 
-    def empty_state(self) -> ResidualState:
-        """Returns the running state of a slide without tiles; add tiles with `state.add(features, model.codebook)`."""
-        return ResidualState.empty(self.codebook)
-
-    def get_state_features(self, state: ResidualState) -> DreSlclOutput:
-        """A slide's running state -> slide embedding, with a batch of one."""
-        return self.encode_residuals(state.residuals(self.codebook)[None], state.counts[None])
-
     @property
     def codebook(self) -> torch.Tensor:
         """The codewords: `torch.Tensor` of shape `(K, D)`."""
@@ -280,20 +273,6 @@ class DreSlclModel(DreSlclPreTrainedModel):
         from .slide_inference import encode_slide
 
         return encode_slide(self, path, **kwargs)
-
-    def attribute_tiles(self, tile_features: torch.Tensor, direction: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Says which tiles a match with a text rests on; arguments and result as in `attribution.attribute_tiles`."""
-        from .attribution import attribute_tiles
-
-        return attribute_tiles(self, tile_features, direction, **kwargs)
-
-    def zero_shot_classifier(
-        self, tokenizer: Any, class_names: Sequence[Sequence[str]], templates: Sequence[str]
-    ) -> torch.Tensor:
-        """Builds a classifier from text; arguments and result as in `zero_shot.zero_shot_classifier`."""
-        from .zero_shot import zero_shot_classifier
-
-        return zero_shot_classifier(self, tokenizer, class_names, templates)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves weights, config and this code, so that the folder (or the Hub) serves `AutoModel` and `pipeline`.

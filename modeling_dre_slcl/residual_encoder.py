@@ -3,7 +3,7 @@
 
 The residual of a tile is its feature minus its nearest codeword. A slide's residuals are sums, V_k = S_k - n_k c_k
 with S_k the sum of the features assigned to codeword k and n_k their number, so they can be computed in any order, in
-chunks, and corrected tile by tile (`ResidualState`).
+chunks, and corrected tile by tile (`slide_state`).
 
 Letters: B slides, N tiles, K codewords, D feature width, A attention heads.
 """
@@ -55,49 +55,6 @@ def residual_sums(
         # (B, N, K), (B, N, D) -> (B, K, D)
         sums = torch.einsum("bnk,bnd->bkd", assignment, features)
         return sums - counts[..., None] * codebook, counts
-
-
-@dataclass
-class ResidualState:
-    """A slide's feature sums and tile counts per codeword: a value that tiles are added to, and that can be merged.
-
-    Args:
-        feature_sums (`torch.Tensor` of shape `(K, D)`, float64): sums of tile features per codeword.
-        counts (`torch.Tensor` of shape `(K,)`, int64): number of tiles per codeword.
-    """
-
-    feature_sums: torch.Tensor
-    counts: torch.Tensor
-
-    @classmethod
-    def empty(cls, codebook: torch.Tensor) -> "ResidualState":
-        """Returns the state of a slide without tiles, for a codebook of shape `(K, D)`."""
-        counts = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
-        return cls(torch.zeros_like(codebook, dtype=torch.float64), counts)
-
-    def add(self, features: torch.Tensor, codebook: torch.Tensor, sign: int = 1) -> torch.Tensor:
-        """Adds tiles (or, with `sign=-1`, removes tiles that were added before).
-
-        Args:
-            features (`torch.Tensor` of shape `(N, D)`, float): tile features.
-            codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
-            sign (`int`, defaults to 1): 1 to add, -1 to remove.
-
-        Returns:
-            `torch.Tensor` of shape `(N,)`, int64: the codeword of each tile.
-        """
-        assignment = assign_codewords(features, codebook)
-        self.feature_sums.index_add_(0, assignment, features.to(torch.float64), alpha=sign)
-        self.counts.index_add_(0, assignment, torch.full_like(assignment, sign))
-        return assignment
-
-    def merge(self, other: "ResidualState") -> "ResidualState":
-        """Returns the state of both slides' tiles together."""
-        return ResidualState(self.feature_sums + other.feature_sums, self.counts + other.counts)
-
-    def residuals(self, codebook: torch.Tensor) -> torch.Tensor:
-        """Returns the residuals V_k = S_k - n_k c_k: `torch.Tensor` of shape `(K, D)`, float64."""
-        return self.feature_sums - self.counts[:, None] * codebook.to(torch.float64)
 
 
 def normalize_residuals(residuals: torch.Tensor) -> torch.Tensor:
@@ -181,9 +138,12 @@ class CodewordLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Refines tokens of shape `(B, K, D)`; arguments and returns as in `CodewordAttention`."""
         attended, weights = self.attention(self.attention_norm(tokens), token_mask, need_weights)
-        tokens = tokens + self.dropout(attended)
+        return self.feed_forward(tokens + self.dropout(attended)), weights
+
+    def feed_forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The second half of the layer: tokens of shape `(B, K, D)` after attention -> tokens of the same shape."""
         expanded = F.gelu(self.intermediate(self.feed_forward_norm(tokens)))
-        return tokens + self.dropout(self.output(expanded)), weights
+        return tokens + self.dropout(self.output(expanded))
 
 
 @dataclass

@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from .image_processing_dre_slcl import DreSlclImageProcessor
-from .residual_encoder import ResidualState
+from .slide_state import SlideState
 
 
 @torch.no_grad()
 def encode_tile_batches(
     model: PreTrainedModel, image_processor: Any, batches: Iterable[np.ndarray], *, keep_features: bool = False
-) -> tuple[ResidualState, torch.Tensor | None]:
+) -> tuple[SlideState, torch.Tensor | None]:
     """Encodes a stream of tiles of one slide into its running state.
 
     Args:
@@ -29,7 +29,7 @@ def encode_tile_batches(
         keep_features (`bool`, defaults to `False`): also return each tile's feature.
 
     Returns:
-        `tuple`: the `ResidualState`, and features of shape `(N, D)`, float32, on CPU, or `None`.
+        `tuple`: the `SlideState`, and features of shape `(N, D)`, float32, on CPU, or `None`.
     """
     state, kept = model.empty_state(), []
     for tiles in batches:
@@ -41,7 +41,7 @@ def encode_tile_batches(
 
 
 @torch.no_grad()
-def describe_state(model: PreTrainedModel, state: ResidualState) -> dict[str, torch.Tensor]:
+def describe_state(model: PreTrainedModel, state: SlideState) -> dict[str, torch.Tensor]:
     """A slide's running state -> its named vectors, on CPU.
 
     Returns:

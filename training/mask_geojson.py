@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from modeling_dre_slcl.atomic_files import write_text
+from modeling_dre_slcl.regions import list_of, parse_geojson, ring_points
 from modeling_dre_slcl.slide_info import SlideInfo
 
 from .mask_outlines import MAX_FILL_COST, fill_polygon, trace_outlines
@@ -127,7 +128,7 @@ def read_mask_geojson(
     Raises:
         ValueError: if the file is no GeoJSON, or not of this slide; the message names it.
     """
-    content = _parse_json(Path(path))
+    content = parse_geojson(Path(path))
     if isinstance(content, dict):
         frame = content.get(_FRAME_KEY, frame)
     try:
@@ -139,7 +140,7 @@ def read_mask_geojson(
             num_objects += 1
             for rings in filter(None, polygons):
                 num_polygons += 1
-                outlines = [_ring_points(ring) for ring in rings]
+                outlines = [ring_points(ring) for ring in rings]
                 _check_on_slide(outlines, info, frame)
                 rings = [(outline + shift) / downsample for outline in outlines]
                 budget -= fill_polygon(masks[is_excluded], rings, max_cost=budget)
@@ -169,17 +170,6 @@ def frame_origin(frame: str, bounds: tuple[int, int, int, int]) -> np.ndarray:
     return np.array(bounds[:2] if frame == "qupath" else (0, 0))
 
 
-def _parse_json(path: Path) -> Any:
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        # Integers as floats: a number of a million digits would take Python minutes.
-        return json.loads(path.read_bytes().decode("utf-8-sig"), parse_int=float, parse_constant=refuse)
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{path}: expected GeoJSON, but it could not be parsed ({error}).") from error
-
-
 def _regions(content: Any) -> Iterator[tuple[bool, list[Any]]]:
     """Yields for each object whether it is cut out, and its polygons as lists of rings, in the order of the file."""
     pending = [(content, False)]
@@ -192,9 +182,9 @@ def _regions(content: Any) -> Iterator[tuple[bool, list[Any]]]:
             raise ValueError(f"expected an object with a type, found {str(item)[:40]!r}")
         kind = item.get("type")
         if kind == "FeatureCollection":
-            pending.append((_list_of(item, "features"), is_excluded))
+            pending.append((list_of(item, "features"), is_excluded))
         elif kind == "GeometryCollection":
-            pending.append((_list_of(item, "geometries"), is_excluded))
+            pending.append((list_of(item, "geometries"), is_excluded))
         elif kind == "Feature":
             properties = item.get("properties") or {}
             if not isinstance(properties, dict):
@@ -204,19 +194,13 @@ def _regions(content: Any) -> Iterator[tuple[bool, list[Any]]]:
             else:
                 pending.append((item["geometry"], _is_excluded(properties)))
         elif kind == "Polygon":
-            yield is_excluded, [_list_of(item, "coordinates")]
+            yield is_excluded, [list_of(item, "coordinates")]
         elif kind == "MultiPolygon":
-            yield is_excluded, _list_of(item, "coordinates")
+            yield is_excluded, list_of(item, "coordinates")
         elif kind in ("Point", "MultiPoint", "LineString", "MultiLineString"):
             yield False, []
         else:
             raise ValueError(f"expected a type of GeoJSON, found {str(kind)[:40]!r}")
-
-
-def _list_of(item: dict[str, Any], key: str) -> list[Any]:
-    if not isinstance(item[key], list):
-        raise ValueError(f"{key}: expected a list")
-    return item[key]
 
 
 def _object_type(feature: dict[str, Any], properties: dict[str, Any]) -> str:
@@ -231,17 +215,6 @@ def _is_excluded(properties: dict[str, Any]) -> bool:
     if isinstance(label, dict):
         label = label.get("name", (label.get("names") or [None])[0])
     return isinstance(label, str) and label.partition(":")[0].strip().rstrip("*").lower() in EXCLUDED_CLASSES
-
-
-def _ring_points(ring: Any) -> np.ndarray:
-    """Checks one ring; returns float64 (n, 2)."""
-    try:
-        points = np.array([point[:2] for point in ring], dtype=np.float64)
-    except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"expected rings of [x, y] pairs, found {str(ring)[:60]!r}") from error
-    if points.ndim != 2 or len(points) < 3 or points.shape[1] != 2 or not np.isfinite(points).all():
-        raise ValueError(f"expected rings of at least three finite [x, y] pairs, found {str(ring)[:60]!r}")
-    return points
 
 
 def _check_on_slide(outlines: list[np.ndarray], info: SlideInfo, frame: str) -> None:

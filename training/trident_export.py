@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from modeling_dre_slcl.atomic_files import atomic_file, read_json, remove_temporary, write_json, write_text
 from modeling_dre_slcl.slide_info import SlideError
+from modeling_dre_slcl.trident_encoder import magnification
 
 from .dataset_info import GEOMETRY_KEYS, read_dataset_info
 from .folder_lock import folder_lock
@@ -49,8 +50,6 @@ logger = logging.getLogger(__name__)
 CSV_NAME = "slides.csv"
 Attributes = Mapping[str, int | float | str]
 
-# What TRIDENT calls a resolution: the name belongs to everything below the mpp.
-_MAGNIFICATIONS = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
 _READ_TOLERANCE = 0.02
 _CHUNK_ROWS = 1024  # TRIDENT's own chunks of one row are read several times more slowly
 _SLIDES_PER_BATCH = 16
@@ -78,17 +77,6 @@ class ExportSummary:
     num_tiles: int = 0
     num_without_tiles: int = 0
     refused: list[SlideError] = field(default_factory=list)
-
-
-def magnification(mpp: float) -> int:
-    """Returns what TRIDENT calls a resolution of `mpp` um/px: 80, 60, 40, 20, 10 or 5.
-
-    It knows none coarser; those follow the rule behind the names, 10 um/px at 1x.
-    """
-    for limit, name in _MAGNIFICATIONS:
-        if mpp < limit:
-            return name
-    return max(1, round(10 / mpp))
 
 
 def coordinate_attributes(

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an embedding run knows of a slide while its tiles are encoded: sums, and how many tiles are still wanted.
+
+Letters: N tiles of the slide, n tiles of a batch, D feature width.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from .residual_encoder import ResidualState
+from .slide_info import SlideError
+from .slide_sampling import NUM_GROUPS, SamplingConfig, estimate_error, sampling_order
+
+# Sums of multiples of this number are exact in float64 for a million tiles, so no order of adding changes a bit of
+# them. Features are of unit length: what this takes from a float32 is below its own precision for all but tiny values.
+_FEATURE_STEP = 2.0**-30
+
+
+def add_features(state: ResidualState, features: torch.Tensor, codebook: torch.Tensor) -> None:
+    """Adds tiles to a slide's running state, such that their order does not change a bit of it.
+
+    Args:
+        state (`ResidualState`): of the slide; receives the tiles.
+        features (`torch.Tensor` of shape `(n, D)`, float): on the device of the state.
+        codebook (`torch.Tensor` of shape `(K, D)`, float): on the same device.
+    """
+    features = features.to(torch.float64)
+    # In float64, so that a tile between two codewords goes to the same one in every batch.
+    state.add((features / _FEATURE_STEP).round() * _FEATURE_STEP, codebook.to(torch.float64))
+
+
+def check_features(features: torch.Tensor, slide_id: str, first_tile: int) -> None:
+    """Refuses a slide with a tile whose feature is not finite.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, D)`, float): of its tiles.
+        slide_id (`str`): the slide.
+        first_tile (`int`): place of the first of them.
+
+    Raises:
+        SlideError: `non_finite`, naming the tile.
+    """
+    is_bad = ~torch.isfinite(features).all(dim=1)
+    if is_bad.any():
+        tile = first_tile + int(is_bad.nonzero()[0])
+        text = f"the tile encoder's feature of tile {tile} is not finite; encode in float32, or train the model again"
+        raise SlideError(slide_id, "non_finite", text)
+
+
+@torch.no_grad()
+def describe_state(model: PreTrainedModel, state: ResidualState) -> dict[str, torch.Tensor]:
+    """A slide's running state -> its named vectors, on CPU.
+
+    Returns:
+        `dict`: `slide_embedding` `(D,)`, `slide_projection` `(E,)` and `residuals` `(K, D)`, float32, and
+        `codeword_counts` `(K,)`, int64.
+    """
+    state = ResidualState(state.feature_sums.to(model.device), state.counts.to(model.device))
+    outputs = model.get_state_features(state)
+    return {
+        "slide_embedding": outputs.slide_embedding[0].float().cpu(),
+        "slide_projection": outputs.slide_projection[0].float().cpu(),
+        "residuals": outputs.residuals[0].float().cpu(),
+        "codeword_counts": state.counts.cpu(),
+    }
+
+
+class SlideSums:
+    """Takes the features of a slide's tiles, in any order, and gives the slide's vectors.
+
+    Args:
+        model (`DreSlclModel`): in evaluation mode.
+        slide_id (`str`): the slide.
+        tile_xy (`np.ndarray` of shape `(N, 2)`, int32): its tiles, level-0 pixels.
+        sampling (`SamplingConfig`): how many of them are encoded.
+        keep_features (`bool`, *optional*, defaults to `False`): keep each tile's feature.
+
+    Attributes:
+        order (`np.ndarray`, int64): the tiles that may be encoded, in the order in which they are.
+        limit (`int`): how many of them are wanted so far.
+        most (`int`): how many can ever be wanted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slide_id: str,
+        tile_xy: np.ndarray,
+        sampling: SamplingConfig,
+        *,
+        keep_features: bool = False,
+    ) -> None:
+        self._model, self._slide_id, self._tile_xy, self._sampling = model, slide_id, tile_xy, sampling
+        self._codebook = model.codebook.cpu()
+        self._rounds = sampling.rounds(len(tile_xy))
+        self.order = np.arange(len(tile_xy))
+        if self._rounds != [len(tile_xy)]:
+            self.order = sampling_order(tile_xy, slide_id, sampling.seed)
+        self.limit, self.most = self._rounds[0], self._rounds[-1]
+        self._num_added = 0
+        self._estimated_error = 0.0
+        num_groups = min(NUM_GROUPS, len(tile_xy)) if not sampling.takes_all else 1
+        self._groups = [ResidualState.empty(self._codebook) for _ in range(num_groups)]
+        self._features = None
+        if keep_features:
+            self._features = torch.zeros(len(tile_xy), self._codebook.shape[1])
+
+    def add(self, features: torch.Tensor, start: int) -> None:
+        """Adds tiles.
+
+        Args:
+            features (`torch.Tensor` of shape `(n, D)`, float): on CPU.
+            start (`int`): place of the first of them in `order`; the others follow it there.
+
+        Raises:
+            SlideError: `non_finite`.
+        """
+        check_features(features, self._slide_id, start)
+        stop = start + len(features)
+        for place, state in enumerate(self._groups):
+            first = (place - start) % len(self._groups)
+            if first < len(features):
+                add_features(state, features[first :: len(self._groups)], self._codebook)
+        if self._features is not None:
+            self._features[torch.from_numpy(self.order[start:stop])] = features.float()
+        self._num_added += len(features)
+
+    def is_finished(self) -> bool:
+        """Whether enough tiles were added; if all that are wanted were but these do not suffice, more are wanted."""
+        while self._num_added == self.limit:
+            is_last = self.limit == self.most
+            if not self._sampling.takes_all:
+                self._estimated_error = estimate_error(self._model, self._groups, len(self._tile_xy))
+            if is_last or self._estimated_error <= (self._sampling.tolerance or 0):
+                return True
+            self.limit = self._rounds[self._rounds.index(self.limit) + 1]
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the slide's named vectors; see `slide_inference.encode_slide`."""
+        state = self._groups[0]
+        for group in self._groups[1:]:
+            state = state.merge(group)
+        num_tiles, num_encoded = len(self._tile_xy), self._num_added
+        result = {"num_tiles": num_tiles, "num_tiles_encoded": num_encoded, **describe_state(self._model, state)}
+        if not self._sampling.takes_all:
+            result["estimated_error"] = self._estimated_error
+        if num_encoded < num_tiles:
+            # What the sums of all tiles are expected to be; the embedding looks at their directions only.
+            scale = num_tiles / num_encoded
+            counts = result["codeword_counts"]
+            result["residuals"] = result["residuals"] * scale
+            result["codeword_counts"] = (counts * scale).round().long()
+        if self._features is not None:
+            encoded = np.sort(self.order[:num_encoded])
+            result["tile_features"] = self._features[torch.from_numpy(encoded)]
+            result["tile_xy"] = torch.from_numpy(self._tile_xy[encoded].astype(np.int32))
+        return result
+
+
+__all__ = ["SlideSums", "add_features", "check_features", "describe_state"]

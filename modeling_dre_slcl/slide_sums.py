@@ -154,10 +154,10 @@ class SlideSums:
             counts = result["codeword_counts"]
             result["residuals"] = result["residuals"] * scale
             result["codeword_counts"] = (counts * scale).round().long()
+        encoded = np.sort(self.order[:num_encoded])
+        result["tile_xy"] = torch.from_numpy(self._tile_xy[encoded].astype(np.int32))
         if self._features is not None:
-            encoded = np.sort(self.order[:num_encoded])
             result["tile_features"] = self._features[torch.from_numpy(encoded)]
-            result["tile_xy"] = torch.from_numpy(self._tile_xy[encoded].astype(np.int32))
         return result
 
 

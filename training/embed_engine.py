@@ -65,6 +65,8 @@ class EmbedOptions:
         if self.num_workers is not None:
             return self.num_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Processes on one machine, each with a device of its own, share its cores.
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return min(_MAX_READERS, max(1, cores - 1))
 
 

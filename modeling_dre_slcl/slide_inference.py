@@ -134,8 +134,9 @@ def encode_slide(
         `dict`: `slide_id`, `num_tiles`, `num_tiles_encoded`, `mpp`, `slide_embedding` `(D,)`, `slide_projection`
         `(E,)`, `residuals` `(K, D)`, `codeword_counts` `(K,)`, and `tile_xy` `(N, 2)`, int32, level-0 (x, y) of the
         top-left corner of each encoded tile; with `return_tile_features` also `tile_features` `(N, D)`, float32, and
-        `tile_size_level0_px`. With `tolerance` or `max_tiles` also `estimated_error`, 1 - cosine; `residuals` and
-        `codeword_counts` are then what they are expected to be over all tiles.
+        `tile_size_level0_px`. With `tolerance` or `max_tiles` also `estimated_error` and `error_bound`, 1 - cosine to
+        the embedding of all tiles on average and in 95% of draws; `residuals` and `codeword_counts` are then what
+        they are expected to be over all tiles.
 
     Raises:
         SlideError: if the slide cannot be read, has no usable mpp, no tissue, or a feature that is not finite.

@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 
 from .residual_encoder import ResidualState
 
-NUM_GROUPS = 16
+NUM_GROUPS = 32
 # Tiles after which the error is estimated first; then after half as many again each time.
 FIRST_ROUND = 128
 _GROWTH = 1.25
 _CURVE_BITS = 16
+# The variance is itself estimated from few groups, and looked at again and again until it is small: both flatter.
+_ESTIMATE_FACTOR = 1.15
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,21 @@ def _curve_position(tile_xy: np.ndarray) -> np.ndarray:
     return position
 
 
+@dataclass(frozen=True)
+class SamplingError:
+    """How far the embedding of the drawn tiles may be from that of all tiles, as 1 - cosine.
+
+    Attributes:
+        expected (`float`): on average over draws.
+        bound (`float`): what is exceeded in about one of twenty draws.
+    """
+
+    expected: float = 0.0
+    bound: float = 0.0
+
+
 @torch.no_grad()
-def estimate_error(model: PreTrainedModel, groups: list[ResidualState], num_tiles: int) -> float:
+def estimate_error(model: PreTrainedModel, groups: list[ResidualState], num_tiles: int) -> SamplingError:
     """Estimates how far the embedding of the drawn tiles may be from that of all tiles.
 
     Args:
@@ -131,23 +146,38 @@ def estimate_error(model: PreTrainedModel, groups: list[ResidualState], num_tile
         num_tiles (`int`): tiles N of the slide.
 
     Returns:
-        `float`: 1 - cosine that is not exceeded in about 95% of draws; 0 if all tiles were drawn.
+        `SamplingError`: zero if all tiles were drawn, and 1 if there are too few to say.
     """
     codebook = model.codebook.cpu()
     residuals = torch.stack([group.residuals(codebook) for group in groups])
     counts = torch.stack([group.counts for group in groups])
     drawn = int(counts.sum())
     if drawn >= num_tiles:
-        return 0.0
+        return SamplingError()
+    if drawn < 2 * len(groups) or len(groups) < NUM_GROUPS:
+        return SamplingError(1.0, 1.0)
     without, counts_without = residuals.sum(0) - residuals, counts.sum(0) - counts
     # A codeword that only the group had is empty without it: exactly zero, not what rounding leaves.
     without[counts_without == 0] = 0
     embeddings = model.encode_residuals(without.to(model.device), counts_without.to(model.device)).slide_embedding
     units = F.normalize(embeddings.double().cpu(), dim=-1)
-    spread = (units - units.mean(0)).square().sum()
-    jackknife_variance = (len(groups) - 1) / len(groups) * spread
+    centered = units - units.mean(0)
+    # Variance along the principal directions of what the draw changes; the trace is the whole variance.
+    gram = centered @ centered.T
+    variance = float(gram.trace()) * (len(groups) - 1) / len(groups)
     # Half the squared distance of unit vectors is 1 - cosine.
-    return float(jackknife_variance / 2 * (1 - drawn / num_tiles))
+    expected = variance / 2 * (1 - drawn / num_tiles)
+    if expected == 0:
+        return SamplingError()
+    # A sum of squares in few directions varies more than one in many (Satterthwaite's degrees of freedom).
+    freedom = float(gram.trace() ** 2 / gram.square().sum())
+    return SamplingError(expected, expected * _upper_factor(freedom) * _ESTIMATE_FACTOR)
 
 
-__all__ = ["NUM_GROUPS", "SamplingConfig", "estimate_error", "sampling_order"]
+def _upper_factor(freedom: float) -> float:
+    """Returns the 95% quantile of a chi-squared variable over its mean (Wilson and Hilferty's approximation)."""
+    spread = 2 / (9 * freedom)
+    return (1 - spread + 1.645 * spread**0.5) ** 3
+
+
+__all__ = ["NUM_GROUPS", "SamplingConfig", "SamplingError", "estimate_error", "sampling_order"]

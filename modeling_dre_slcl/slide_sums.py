@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .residual_encoder import ResidualState
 from .slide_info import SlideError
-from .slide_sampling import NUM_GROUPS, SamplingConfig, estimate_error, sampling_order
+from .slide_sampling import NUM_GROUPS, SamplingConfig, SamplingError, estimate_error, sampling_order
 
 # Sums of multiples of this number are exact in float64 for a million tiles, so no order of adding changes a bit of
 # them. Features are of unit length: what this takes from a float32 is below its own precision for all but tiny values.
@@ -101,7 +101,7 @@ class SlideSums:
             self.order = sampling_order(tile_xy, slide_id, sampling.seed)
         self.limit, self.most = self._rounds[0], self._rounds[-1]
         self._num_added = 0
-        self._estimated_error = 0.0
+        self._error = SamplingError()
         num_groups = min(NUM_GROUPS, len(tile_xy)) if not sampling.takes_all else 1
         self._groups = [ResidualState.empty(self._codebook) for _ in range(num_groups)]
         self._features = None
@@ -133,8 +133,8 @@ class SlideSums:
         while self._num_added == self.limit:
             is_last = self.limit == self.most
             if not self._sampling.takes_all:
-                self._estimated_error = estimate_error(self._model, self._groups, len(self._tile_xy))
-            if is_last or self._estimated_error <= (self._sampling.tolerance or 0):
+                self._error = estimate_error(self._model, self._groups, len(self._tile_xy))
+            if is_last or self._error.bound <= (self._sampling.tolerance or 0):
                 return True
             self.limit = self._rounds[self._rounds.index(self.limit) + 1]
         return False
@@ -147,7 +147,7 @@ class SlideSums:
         num_tiles, num_encoded = len(self._tile_xy), self._num_added
         result = {"num_tiles": num_tiles, "num_tiles_encoded": num_encoded, **describe_state(self._model, state)}
         if not self._sampling.takes_all:
-            result["estimated_error"] = self._estimated_error
+            result["estimated_error"], result["error_bound"] = self._error.expected, self._error.bound
         if num_encoded < num_tiles:
             # What the sums of all tiles are expected to be; the embedding looks at their directions only.
             scale = num_tiles / num_encoded

@@ -29,7 +29,17 @@ TABLE_NAME = "slides.parquet"
 VECTORS = ("slide_embedding", "slide_projection")
 _TENSORS = (*VECTORS, "residuals", "codeword_counts")
 _TILE_TENSORS = ("tile_features", "tile_xy")
-_FACTS = ("slide_id", "num_tiles", "num_tiles_encoded", "mpp", "estimated_error", "fingerprint", "given_mpp")
+_FACTS = (
+    "slide_id",
+    "num_tiles",
+    "num_tiles_encoded",
+    "mpp",
+    "estimated_error",
+    "error_bound",
+    "fingerprint",
+    "given_mpp",
+)
+_ERRORS = ("estimated_error", "error_bound")
 _ROWS_PER_GROUP = 256
 _ENCODER = "dre_slcl"
 _CARD = """---
@@ -140,7 +150,7 @@ def write_table(out: Path, rows: Iterable[ManifestRow], records: Mapping[str, Em
 def _own_columns() -> dict[str, pa.DataType]:
     texts = dict.fromkeys(("slide_id", "case_id", "split", "status", "reason"), pa.string())
     numbers = {"num_tiles": pa.int64(), "num_tiles_encoded": pa.int64(), "mpp": pa.float64()}
-    return texts | numbers | {"estimated_error": pa.float64()} | dict.fromkeys(VECTORS, pa.list_(pa.float32()))
+    return texts | numbers | dict.fromkeys(_ERRORS, pa.float64()) | dict.fromkeys(VECTORS, pa.list_(pa.float32()))
 
 
 def _label_names(rows: Sequence[ManifestRow]) -> list[str]:
@@ -157,12 +167,12 @@ def _table_row(out: Path, row: ManifestRow, record: EmbedRecord, file_format: st
     if record.status != "ok":
         return values
     facts, vectors = _read(embedding_path(out, row.slide_id, file_format), VECTORS)
-    error = facts.get("estimated_error")
+    errors = {name: float(facts[name]) for name in _ERRORS if name in facts}
     return values | {
         "num_tiles": int(facts["num_tiles"]),
         "num_tiles_encoded": int(facts.get("num_tiles_encoded", facts["num_tiles"])),
         "mpp": float(facts["mpp"]),
-        "estimated_error": None if error is None else float(error),
+        **errors,
         **{name: vectors[name].tolist() for name in VECTORS},
     }
 

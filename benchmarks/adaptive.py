@@ -38,9 +38,7 @@ def main() -> int:
     """Runs the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="folder of a trained model (default: trains a small one)")
-    parser.add_argument(
-        "--slides", type=Path, help="folder of slides (default: real ones beside the checkout, if any)"
-    )
+    parser.add_argument("--slides", type=Path, help="folder of slides (default: real ones found nearby)")
     parser.add_argument("--tile-mpp", type=float, default=0.5, help="resolution of tiles, um/px (default: 0.5)")
     parser.add_argument("--draws", type=int, default=30, help="draws for each share (default: 30)")
     parser.add_argument("--cosine", type=float, default=0.995, help="(default: 0.995)")
@@ -104,9 +102,15 @@ def train_model(folder: Path) -> Path:
     build_dataset(manifest, folder / "dataset", grid, num_workers=1, progress=False)
     write_text_model(folder / "text_model", [row.report for row in read_manifest(manifest)], seed=0)
     settings = run_demo._TRAINING | {
-        **{"dataset": str(folder / "dataset"), "text_model": str(folder / "text_model")},
-        **{"output_dir": str(folder / "run"), "seed": 0, "num_steps": _TRAINING_STEPS, "finalize_steps": 10},
-        **{"codebook_refits": [10, 30, 45], "checkpoint_steps": _TRAINING_STEPS, "warmup_steps": 10},
+        "dataset": str(folder / "dataset"),
+        "text_model": str(folder / "text_model"),
+        "output_dir": str(folder / "run"),
+        "seed": 0,
+        "num_steps": _TRAINING_STEPS,
+        "finalize_steps": 10,
+        "codebook_refits": [10, 30, 45],
+        "checkpoint_steps": _TRAINING_STEPS,
+        "warmup_steps": 10,
     }
     if train(TrainConfig(**settings)):
         raise KeyboardInterrupt

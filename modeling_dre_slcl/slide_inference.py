@@ -66,14 +66,13 @@ def encode_tile_batches(
         keep_features (`bool`, defaults to `False`): also return each tile's feature.
 
     Returns:
-        `tuple`: the `ResidualState`, on CPU, and features of shape `(N, D)`, float32, on CPU, or `None`.
+        `tuple`: the `ResidualState`, and features of shape `(N, D)`, float32, on CPU, or `None`.
     """
-    codebook = model.codebook.cpu()
-    state, kept, encoder = ResidualState.empty(codebook), [], None
+    state, kept, encoder = model.empty_state(), [], None
     for tiles in batches:
         encoder = encoder or TileBatchEncoder(model, image_processor, len(tiles))
         features = encoder(tiles).float().cpu()
-        add_features(state, features, codebook)
+        add_features(model, state, features)
         if keep_features:
             kept.append(features)
     return state, torch.cat(kept) if kept else None

@@ -142,24 +142,23 @@ def estimate_error(model: PreTrainedModel, groups: list[ResidualState], num_tile
 
     Args:
         model (`DreSlclModel`): the model.
-        groups (`list[ResidualState]`): states of the G groups of drawn tiles, on CPU.
+        groups (`list[ResidualState]`): states of the G groups of drawn tiles.
         num_tiles (`int`): tiles N of the slide.
 
     Returns:
         `SamplingError`: zero if all tiles were drawn, and 1 if there are too few to say.
     """
-    codebook = model.codebook.cpu()
-    residuals = torch.stack([group.residuals(codebook) for group in groups])
+    residuals = torch.stack([group.residuals(model.codebook) for group in groups])
     counts = torch.stack([group.counts for group in groups])
     drawn = int(counts.sum())
     if drawn >= num_tiles:
         return SamplingError()
-    if drawn < 2 * len(groups) or len(groups) < NUM_GROUPS:
+    if drawn < 2 * len(groups):
         return SamplingError(1.0, 1.0)
     without, counts_without = residuals.sum(0) - residuals, counts.sum(0) - counts
     # A codeword that only the group had is empty without it: exactly zero, not what rounding leaves.
     without[counts_without == 0] = 0
-    embeddings = model.encode_residuals(without.to(model.device), counts_without.to(model.device)).slide_embedding
+    embeddings = model.encode_residuals(without, counts_without).slide_embedding
     units = F.normalize(embeddings.double().cpu(), dim=-1)
     centered = units - units.mean(0)
     # Variance along the principal directions of what the draw changes; the trace is the whole variance.

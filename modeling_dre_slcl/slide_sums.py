@@ -19,17 +19,17 @@ from .slide_sampling import NUM_GROUPS, SamplingConfig, SamplingError, estimate_
 _FEATURE_STEP = 2.0**-30
 
 
-def add_features(state: ResidualState, features: torch.Tensor, codebook: torch.Tensor) -> None:
+def add_features(model: PreTrainedModel, state: ResidualState, features: torch.Tensor) -> None:
     """Adds tiles to a slide's running state, such that their order does not change a bit of it.
 
     Args:
-        state (`ResidualState`): of the slide; receives the tiles.
-        features (`torch.Tensor` of shape `(n, D)`, float): on the device of the state.
-        codebook (`torch.Tensor` of shape `(K, D)`, float): on the same device.
+        model (`DreSlclModel`): the model.
+        state (`ResidualState`): of the slide, from `model.empty_state`; receives the tiles.
+        features (`torch.Tensor` of shape `(n, D)`, float): of the tiles, on any device.
     """
-    features = features.to(torch.float64)
     # In float64, so that a tile between two codewords goes to the same one in every batch.
-    state.add((features / _FEATURE_STEP).round() * _FEATURE_STEP, codebook.to(torch.float64))
+    features = features.to(model.codebook.device).to(torch.float64)
+    state.add((features / _FEATURE_STEP).round() * _FEATURE_STEP, model.codebook)
 
 
 def check_features(features: torch.Tensor, slide_id: str, first_tile: int) -> None:
@@ -58,7 +58,6 @@ def describe_state(model: PreTrainedModel, state: ResidualState) -> dict[str, to
         `dict`: `slide_embedding` `(D,)`, `slide_projection` `(E,)` and `residuals` `(K, D)`, float32, and
         `codeword_counts` `(K,)`, int64.
     """
-    state = ResidualState(state.feature_sums.to(model.device), state.counts.to(model.device))
     outputs = model.get_state_features(state)
     return {
         "slide_embedding": outputs.slide_embedding[0].float().cpu(),
@@ -94,7 +93,6 @@ class SlideSums:
         keep_features: bool = False,
     ) -> None:
         self._model, self._slide_id, self._tile_xy, self._sampling = model, slide_id, tile_xy, sampling
-        self._codebook = model.codebook.cpu()
         self._rounds = sampling.rounds(len(tile_xy))
         self.order = np.arange(len(tile_xy))
         if self._rounds != [len(tile_xy)]:
@@ -102,11 +100,12 @@ class SlideSums:
         self.limit, self.most = self._rounds[0], self._rounds[-1]
         self._num_added = 0
         self._error = SamplingError()
-        num_groups = min(NUM_GROUPS, len(tile_xy)) if not sampling.takes_all else 1
-        self._groups = [ResidualState.empty(self._codebook) for _ in range(num_groups)]
+        self._state = model.empty_state()
+        num_groups = 0 if sampling.takes_all else NUM_GROUPS
+        self._groups = [model.empty_state() for _ in range(num_groups)]
         self._features = None
         if keep_features:
-            self._features = torch.zeros(len(tile_xy), self._codebook.shape[1])
+            self._features = torch.zeros(len(tile_xy), model.codebook.shape[1])
 
     def add(self, features: torch.Tensor, start: int) -> None:
         """Adds tiles.
@@ -120,10 +119,11 @@ class SlideSums:
         """
         check_features(features, self._slide_id, start)
         stop = start + len(features)
-        for place, state in enumerate(self._groups):
-            first = (place - start) % len(self._groups)
+        add_features(self._model, self._state, features)
+        for place, group in enumerate(self._groups):
+            first = (place - start) % NUM_GROUPS
             if first < len(features):
-                add_features(state, features[first :: len(self._groups)], self._codebook)
+                add_features(self._model, group, features[first::NUM_GROUPS])
         if self._features is not None:
             self._features[torch.from_numpy(self.order[start:stop])] = features.float()
         self._num_added += len(features)
@@ -141,11 +141,8 @@ class SlideSums:
 
     def describe(self) -> dict[str, Any]:
         """Returns the slide's named vectors; see `slide_inference.encode_slide`."""
-        state = self._groups[0]
-        for group in self._groups[1:]:
-            state = state.merge(group)
         num_tiles, num_encoded = len(self._tile_xy), self._num_added
-        result = {"num_tiles": num_tiles, "num_tiles_encoded": num_encoded, **describe_state(self._model, state)}
+        result = {"num_tiles": num_tiles, "num_tiles_encoded": num_encoded, **describe_state(self._model, self._state)}
         if not self._sampling.takes_all:
             result["estimated_error"], result["error_bound"] = self._error.expected, self._error.bound
         if num_encoded < num_tiles:

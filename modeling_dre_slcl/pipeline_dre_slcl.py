@@ -22,7 +22,7 @@ class SlideFeatureExtractionPipeline(Pipeline):
 
     Call it with a path, a list or a dataset of paths, or with dictionaries that hold `path` and optionally `slide_id`
     and `mpp`. Options, at construction or per call: `batch_size` (tiles encoded at once), `num_threads`,
-    `min_tissue_fraction`, `return_tile_features`, `mpp`, `progress`, `tolerance`, `max_tiles` and `seed` (for a part of
+    `min_tissue_fraction`, `return_tile_features`, `mpp`, `progress`, `tolerance`, `max_tiles`, `seed` (for a part of
     the tiles, see `encode_slide`), and `on_error`: `"raise"` stops at a slide that cannot be encoded, `"record"`
     returns `{"slide_id", "status": "refused", "reason", "message"}` for it and goes on.
     A single slide raises by default, several record.

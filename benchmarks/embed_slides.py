@@ -46,10 +46,11 @@ def main() -> int:
     """Runs the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="larger slides, and more of them")
+    parser.add_argument("--side-px", type=int, help="side of the slides (default: 10000, 20000 with --full)")
     parser.add_argument("--device", default="cpu", help="of the encoder (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    side, count = (20_000, 4) if arguments.full else (10_000, 2)
+    side, count = arguments.side_px or (20_000 if arguments.full else 10_000), 4 if arguments.full else 2
     model, image_processor = make_model(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         jobs = [_write(Path(folder) / f"slide-{number}.svs", side, number) for number in range(count)]

@@ -24,8 +24,7 @@ from modeling_dre_slcl.tile_grid import TileGridConfig
 
 from .build_tiling import DEADLINE_SECONDS, WORKER_MEMORY_BYTES
 from .embed_reader import OpenedSlide, OpenTask, ReadTask, SlideJob, pixel_view
-from .embed_worker import ReaderStart
-from .slide_worker import prepare_worker
+from .embed_worker import ReaderStart, prepare_reader
 from .worker_pool import WorkerCrash, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class TileStream:
         self._pool = WorkerPool(
             ReaderStart(buffer, asdict(grid_config), tissue),
             num_workers=num_workers,
-            initializer=prepare_worker if num_workers else None,
+            initializer=prepare_reader if num_workers else None,
             deadline_seconds=deadline_seconds,
             memory_bytes=memory_bytes,
         )
@@ -221,6 +220,10 @@ class TileStream:
         self._finished.add(slide)
         self._slides.pop(slide, None)
         self._opening.discard(slide)
+        dropped = [run for run in self._runs if run.slide == slide]
+        self._runs = deque(run for run in self._runs if run.slide != slide)
+        for run in dropped:
+            self._take_run(run)
 
     def _fill_batches(self) -> None:
         """Gives tiles places in batches, slide by slide."""
@@ -287,8 +290,6 @@ class TileStream:
 
     def _next_run(self, worker: int) -> _Run | None:
         """Takes the next run: of the slide that the worker has open, if one of the next few batches' is."""
-        while self._runs and self._runs[0].slide in self._finished:
-            self._take_run(self._runs.popleft())
         own = self._last_of.get(worker)
         at_others = set(self._last_of.values()) - {own}
         for wanted in (lambda run: run.slide == own, lambda run: run.slide not in at_others, lambda run: True):

@@ -8,6 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def prepare_reader() -> None:
+    """Loads what reads slides, and nothing of torch, before a task comes whose time is limited."""
+    from .slide_worker import prepare_worker
+
+    prepare_worker()
+    from . import embed_reader  # noqa: F401
+
+
 class ReaderStart:
     """Makes a `SlideReading` in the process where it is first called, and hands tasks to it.
 

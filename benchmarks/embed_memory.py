@@ -4,11 +4,13 @@
     python benchmarks/embed_memory.py                          # synthetic slides of about 1,000 and 10,000 tiles
     python benchmarks/embed_memory.py --slide slide.svs --tile-mpp 0.5 --tile-size-px 256
     python benchmarks/embed_memory.py --slide slide.svs --model run/model
+    python benchmarks/embed_memory.py --full                   # one of about 100,000 tiles as well
 
 One JSON line per slide: `slide`, `num_tiles`, `peak_rss_mib`, `baseline_rss_mib` (after imports, with the model
 loaded, before the slide is opened) and `seconds`. Each slide is embedded in a process of its own, because memory that
 was once taken is rarely given back. What does grow is small: OpenSlide's caches until they are full (32 MiB for each
-thread), and the overview in which tissue is looked for, with the slide's area.
+thread), and the overview in which tissue is looked for, with the slide's area. The last line of all
+says `growth_mib`, by which the peak of the largest slide is above that of the smallest; target 64.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 
 _SYNTHETIC_TILES_PER_SIDE = (32, 100)
+_TILES_PER_SIDE_OF_FULL = 316
 _SYNTHETIC_TILE_PX = 64
 _SYNTHETIC_MPP = 1.0
 # The smallest encoder that works through real tiles: what is measured is everything around it.
@@ -44,18 +47,28 @@ def main() -> int:
     parser.add_argument("--tile-size-px", type=int, default=256, help="of the random model (default: 256)")
     parser.add_argument("--batch-size", type=int, default=32, help="tiles encoded at once (default: 32)")
     parser.add_argument("--num-threads", type=int, default=2, help="threads that read tiles (default: 2)")
+    parser.add_argument("--full", action="store_true", help="also a slide of about 100,000 tiles, some minutes")
     arguments = parser.parse_args()
     if arguments.slide is not None:
         print(json.dumps(measure(arguments)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        for side in _SYNTHETIC_TILES_PER_SIDE:
+        figures = []
+        for side in (*_SYNTHETIC_TILES_PER_SIDE, *([_TILES_PER_SIDE_OF_FULL] if arguments.full else [])):
             slide = write_slide(Path(folder) / f"synthetic-{side}x{side}.svs", side)
             command = [sys.executable, __file__, "--slide", slide, "--tile-mpp", _SYNTHETIC_MPP]
             command += ["--tile-size-px", _SYNTHETIC_TILE_PX, "--batch-size", arguments.batch_size]
             command += ["--num-threads", arguments.num_threads]
             command += ["--model", arguments.model] if arguments.model else []
-            subprocess.run([str(part) for part in command], check=True)
+            done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+            figures.append(json.loads(done.stdout.splitlines()[-1]))
+            print(json.dumps(figures[-1]), flush=True)
+    growth = figures[-1]["peak_rss_mib"] - figures[0]["peak_rss_mib"]
+    print(
+        json.dumps(
+            {"benchmark": "embed_memory", "targets": {"growth_mib": 64}, "growth_mib": growth, "slides": figures}
+        )
+    )
     return 0
 
 
@@ -116,6 +129,10 @@ def write_slide(path: Path, tiles_per_side: int) -> Path:
     from dre_slcl.training.demo.slide_writer import write_slide as write_pyramid
 
     side = tiles_per_side * _SYNTHETIC_TILE_PX
+    if tiles_per_side > max(_SYNTHETIC_TILES_PER_SIDE):  # too large to paint
+        from large_slide import write_large_slide
+
+        return write_large_slide(path, side, side, mpp=_SYNTHETIC_MPP, tissue_share=1.0, store_once=True)
     pixels = np.random.default_rng(0).integers(-30, 30, (side, side, 3), dtype=np.int16)
     pixels += np.array([190, 110, 160], dtype=np.int16)
     write_pyramid(path, pixels.astype(np.uint8), mpp=_SYNTHETIC_MPP)

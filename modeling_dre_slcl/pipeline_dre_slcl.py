@@ -11,7 +11,10 @@ from .slide_inference import encode_slide
 from .slide_info import SlideError
 
 TASK = "slide-feature-extraction"
-_SLIDE_OPTIONS = ("min_tissue_fraction", "tile_batch_size", "num_threads", "return_tile_features", "progress", "mpp")
+_SLIDE_OPTIONS = (
+    *("min_tissue_fraction", "tile_batch_size", "num_threads", "return_tile_features", "progress", "mpp"),
+    *("tolerance", "max_tiles", "seed"),
+)
 
 
 class SlideFeatureExtractionPipeline(Pipeline):
@@ -19,8 +22,9 @@ class SlideFeatureExtractionPipeline(Pipeline):
 
     Call it with a path, a list or a dataset of paths, or with dictionaries that hold `path` and optionally `slide_id`
     and `mpp`. Options, at construction or per call: `batch_size` (tiles encoded at once), `num_threads`,
-    `min_tissue_fraction`, `return_tile_features`, `mpp`, `progress`, and `on_error`: `"raise"` stops at a slide that
-    cannot be encoded, `"record"` returns `{"slide_id", "status": "refused", "reason", "message"}` for it and goes on.
+    `min_tissue_fraction`, `return_tile_features`, `mpp`, `progress`, `tolerance`, `max_tiles`, `seed` (for a part of
+    the tiles, see `encode_slide`), and `on_error`: `"raise"` stops at a slide that cannot be encoded, `"record"`
+    returns `{"slide_id", "status": "refused", "reason", "message"}` for it and goes on.
     A single slide raises by default, several record.
 
     Returns, per slide, the dictionary of `encode_slide` with `status` `"ok"`.

@@ -4,6 +4,7 @@
 Letters: N tiles, K codewords, D feature width, E joint width.
 """
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,43 @@ import torch
 from transformers import PreTrainedModel
 
 from .image_processing_dre_slcl import DreSlclImageProcessor
+from .slide_sampling import SamplingConfig
 from .slide_state import SlideState
+from .slide_sums import SlideSums, describe_state
+
+
+class TileBatchEncoder:
+    """Pixels of tiles -> their features, in batches of one size.
+
+    Numerical libraries choose other ways to add for other shapes, which changes the last bits of a result. So a batch
+    that is not full is filled up, and a tile has the same feature whatever tiles are encoded beside it.
+
+    Args:
+        model (`DreSlclModel`): in evaluation mode.
+        image_processor (`DreSlclImageProcessor`): prepares tiles.
+        batch_size (`int`): tiles encoded at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, image_processor: Any, batch_size: int) -> None:
+        self.model, self.image_processor, self.batch_size = model, image_processor, batch_size
+
+    @torch.no_grad()
+    def __call__(self, tiles: np.ndarray) -> torch.Tensor:
+        """Encodes tiles.
+
+        Args:
+            tiles (`np.ndarray` of shape `(n, H, W, 3)`, uint8): RGB pixels, `1 <= n <= batch_size`.
+
+        Returns:
+            `torch.Tensor` of shape `(n, D)`, on the model's device, perhaps still being computed.
+        """
+        count = len(tiles)
+        if count < self.batch_size:
+            padding = np.zeros((self.batch_size - count, *tiles.shape[1:]), dtype=np.uint8)
+            tiles = np.concatenate([tiles, padding])
+        model = self.model
+        values = self.image_processor.tiles_to_pixel_values(tiles, model.device).to(model.dtype)
+        return model.get_tile_features(values)[:count]
 
 
 @torch.no_grad()
@@ -25,36 +62,37 @@ def encode_tile_batches(
     Args:
         model (`DreSlclModel`): in evaluation mode.
         image_processor (`DreSlclImageProcessor`): prepares tiles.
-        batches (iterable of `np.ndarray` of shape `(n, H, W, 3)`, uint8): RGB tiles.
+        batches (iterable of `np.ndarray` of shape `(n, H, W, 3)`, uint8): RGB tiles; none is larger than the first.
         keep_features (`bool`, defaults to `False`): also return each tile's feature.
 
     Returns:
         `tuple`: the `SlideState`, and features of shape `(N, D)`, float32, on CPU, or `None`.
     """
-    state, kept = model.empty_state(), []
+    state, kept, encoder = model.empty_state(), [], None
     for tiles in batches:
-        features = model.get_tile_features(image_processor.tiles_to_pixel_values(tiles, model.device).to(model.dtype))
+        encoder = encoder or TileBatchEncoder(model, image_processor, len(tiles))
+        features = encoder(tiles).float().cpu()
         state.add(features, model.codebook)
         if keep_features:
-            kept.append(features.float().cpu())
+            kept.append(features)
     return state, torch.cat(kept) if kept else None
 
 
-@torch.no_grad()
-def describe_state(model: PreTrainedModel, state: SlideState) -> dict[str, torch.Tensor]:
-    """A slide's running state -> its named vectors, on CPU.
+def check_model(model: PreTrainedModel) -> None:
+    """Refuses a model that cannot embed anything.
 
-    Returns:
-        `dict`: `slide_embedding` `(D,)`, `slide_projection` `(E,)` and `residuals` `(K, D)`, float32, and
-        `codeword_counts` `(K,)`, int64.
+    Raises:
+        ValueError: if its codebook was never fitted, or a weight is not finite.
     """
-    outputs = model.get_state_features(state)
-    return {
-        "slide_embedding": outputs.slide_embedding[0].float().cpu(),
-        "slide_projection": outputs.slide_projection[0].float().cpu(),
-        "residuals": outputs.residuals[0].float().cpu(),
-        "codeword_counts": state.counts.cpu(),
-    }
+    name = model.config._name_or_path or "This model"
+    if not model.codebook.any():
+        raise ValueError(
+            f"{name}: all codewords of its codebook are zero, so it was never fitted. Train the model "
+            "(`dre-slcl train` fits the codebook), or export it from a finished run."
+        )
+    for field, tensor in (*model.named_parameters(), ("codebook", model.codebook)):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: the weights `{field}` are not finite; download or train the model again.")
 
 
 def encode_slide(
@@ -68,6 +106,9 @@ def encode_slide(
     tile_batch_size: int = 32,
     num_threads: int = 2,
     return_tile_features: bool = False,
+    tolerance: float | None = None,
+    max_tiles: int | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Reads, tiles and encodes one slide with the geometry that the model was trained with.
@@ -82,15 +123,23 @@ def encode_slide(
         tile_batch_size (`int`, defaults to 32): tiles encoded at once.
         num_threads (`int`, defaults to 2): threads that read tiles while others are encoded.
         return_tile_features (`bool`, defaults to `False`): also return `tile_features` and `tile_xy`.
+        tolerance (`float`, *optional*): encode only so many tiles, drawn evenly over the slide, that 1 - cosine to
+            the embedding of all of them is below this in about 95% of draws; 0.005 often needs a fifth of them.
+        max_tiles (`int`, *optional*): most tiles that are encoded.
+        seed (`int`, defaults to 0): another number draws other tiles.
         progress (`bool`, defaults to `False`): show a progress bar.
 
     Returns:
-        `dict`: `slide_id`, `num_tiles`, `mpp`, `slide_embedding` `(D,)`, `slide_projection` `(E,)`, `residuals`
-        `(K, D)`, `codeword_counts` `(K,)`; with `return_tile_features` also `tile_features` `(N, D)`, float32, and
-        `tile_xy` `(N, 2)`, int32, level-0 (x, y) of each tile's top-left corner, and `tile_size_level0_px`.
+        `dict`: `slide_id`, `num_tiles`, `num_tiles_encoded`, `mpp`, `slide_embedding` `(D,)`, `slide_projection`
+        `(E,)`, `residuals` `(K, D)`, `codeword_counts` `(K,)`, and `tile_xy` `(N, 2)`, int32, level-0 (x, y) of the
+        top-left corner of each encoded tile; with `return_tile_features` also `tile_features` `(N, D)`, float32, and
+        `tile_size_level0_px`. With `tolerance` or `max_tiles` also `estimated_error` and `error_bound`, 1 - cosine to
+        the embedding of all tiles on average and in 95% of draws; `residuals` and `codeword_counts` are then what
+        they are expected to be over all tiles.
 
     Raises:
-        SlideError: if the slide cannot be read, has no usable mpp, or no tissue.
+        SlideError: if the slide cannot be read, has no usable mpp, no tissue, or a feature that is not finite.
+        ValueError: if the model's codebook was never fitted, or an option is out of its range.
     """
     # Here, so that a model that never opens a slide needs neither OpenSlide nor OpenCV.
     from .slide_reader import SlideReader
@@ -104,29 +153,45 @@ def encode_slide(
         tile_mpp=float(model.config.tile_mpp),
         min_tissue_fraction=min_tissue_fraction,
     )
+    sampling = SamplingConfig(tolerance=tolerance, max_tiles=max_tiles, seed=seed)
+    check_model(model)
     with SlideReader(path, slide_id=slide_id, mpp=mpp) as reader:
         info, grid = reader.info, tile_slide(reader, grid_config)
-    batches = iter_tile_batches(
-        path,
-        grid,
-        batch_size=tile_batch_size,
-        mpp=info.mpp,
-        slide_id=info.slide_id,
-        num_threads=num_threads,
-        progress=progress,
-    )
     training, _ = model.training, model.eval()
     try:
-        pixels = (tiles for _, tiles in batches)
-        state, features = encode_tile_batches(model, image_processor, pixels, keep_features=return_tile_features)
-        result = {"slide_id": info.slide_id, "num_tiles": len(grid), "mpp": info.mpp, **describe_state(model, state)}
+        sums = SlideSums(model, info.slide_id, grid.tile_xy, sampling, keep_features=return_tile_features)
+        batches = iter_tile_batches(
+            path,
+            grid,
+            order=sums.order[: sums.most],
+            batch_size=tile_batch_size,
+            mpp=info.mpp,
+            slide_id=info.slide_id,
+            num_threads=num_threads,
+            progress=progress,
+        )
+        with contextlib.closing(batches):
+            _encode_until_finished(TileBatchEncoder(model, image_processor, tile_batch_size), sums, batches)
+        result = {"slide_id": info.slide_id, "mpp": info.mpp, **sums.describe()}
     finally:
         model.train(training)
     if return_tile_features:
-        result["tile_features"] = features
-        result["tile_xy"] = torch.from_numpy(grid.tile_xy.astype(np.int32))
         result["tile_size_level0_px"] = grid.tile_size_level0_px
     return result
+
+
+def _encode_until_finished(encoder: TileBatchEncoder, sums: SlideSums, batches: Iterable[Any]) -> None:
+    """Adds tiles to a slide's sums, in order, until these say that it is enough."""
+    start = 0
+    for _, tiles in batches:
+        features = encoder(tiles).float().cpu()
+        stop = start + len(features)
+        while start < stop:
+            end = min(stop, sums.limit)
+            sums.add(features[len(features) - (stop - start) :][: end - start], start)
+            if sums.is_finished():
+                return
+            start = end
 
 
 def _image_processor_of(model: PreTrainedModel) -> DreSlclImageProcessor:
@@ -139,3 +204,6 @@ def _image_processor_of(model: PreTrainedModel) -> DreSlclImageProcessor:
         )
     revision = getattr(model.config, "_commit_hash", None) or "main"
     return DreSlclImageProcessor.from_pretrained(source, revision=revision)
+
+
+__all__ = ["TileBatchEncoder", "check_model", "describe_state", "encode_slide", "encode_tile_batches"]

@@ -32,6 +32,7 @@ REASONS = frozenset(
         "coordinates_missing",
         "timeout",
         "reader_aborted",
+        "non_finite",
     }
 )
 

@@ -96,6 +96,7 @@ def iter_tile_batches(
     mpp: float | None = None,
     slide_id: str | None = None,
     num_threads: int = 2,
+    order: np.ndarray | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Reads the pixels of all tiles of a grid, batch by batch and in order, with several threads.
@@ -111,6 +112,7 @@ def iter_tile_batches(
             `reader.info.mpp` to be sure that it is the one the grid was made with.
         slide_id (`str`, *optional*): name of the slide in errors; the file's stem by default.
         num_threads (`int`, defaults to 2): reading threads.
+        order (`np.ndarray` of shape `(m,)`, int64, *optional*): the tiles to read, in this order; by default all.
         progress (`bool`, defaults to `False`): whether a progress bar is shown.
 
     Yields:
@@ -133,13 +135,14 @@ def iter_tile_batches(
         executor = ThreadPoolExecutor(num_threads, thread_name_prefix="tile-reader")
         # Left in reverse order: reading stops first, then the readers are closed.
         stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        bar = stack.enter_context(tqdm(total=len(grid), unit="tile", disable=not progress))
+        order = np.arange(len(grid), dtype=np.int64) if order is None else order
+        bar = stack.enter_context(tqdm(total=len(order), unit="tile", disable=not progress))
         pending: deque[_PendingBatch] = deque()
-        shape = (min(batch_size, len(grid)), grid.tile_size_px, grid.tile_size_px, 3)
+        shape = (min(batch_size, len(order)), grid.tile_size_px, grid.tile_size_px, 3)
         # Memory that is new to the process costs about as much time as filling it twice.
         buffers = itertools.cycle([np.empty(shape, dtype=np.uint8) for _ in range(_BATCHES_AHEAD + 1)])
-        for start in range(0, len(grid), batch_size):
-            tiles = range(start, min(start + batch_size, len(grid)))
+        for start in range(0, len(order), batch_size):
+            tiles = order[start : start + batch_size]
             pixels = next(buffers)[: len(tiles)]
             pending.append(_submit_batch(executor, readers, grid, tiles, pixels, num_threads))
             if len(pending) == _BATCHES_AHEAD:
@@ -165,26 +168,23 @@ def _submit_batch(
     executor: ThreadPoolExecutor,
     readers: "queue.SimpleQueue[SlideReader]",
     grid: TileGrid,
-    tiles: range,
+    tiles: np.ndarray,
     pixels: np.ndarray,
     num_threads: int,
 ) -> _PendingBatch:
     """Starts reading the tiles into `pixels`, in runs of neighbouring ones."""
 
-    def read_run(run: range) -> None:
+    def read_run(start: int, stop: int) -> None:
         reader = readers.get()
         try:
-            for tile in run:
-                x, y = grid.tile_xy[tile].tolist()
-                reader.read_tile(
-                    x, y, tile_size_px=grid.tile_size_px, tile_mpp=grid.tile_mpp, out=pixels[tile - tiles.start]
-                )
+            for place, (x, y) in enumerate(grid.tile_xy[tiles[start:stop]].tolist(), start):
+                reader.read_tile(x, y, tile_size_px=grid.tile_size_px, tile_mpp=grid.tile_mpp, out=pixels[place])
         finally:
             readers.put(reader)
 
     run_length = min(_MAX_TILES_PER_TASK, math.ceil(len(tiles) / num_threads))
-    tasks = [executor.submit(read_run, tiles[i : i + run_length]) for i in range(0, len(tiles), run_length)]
-    return np.arange(tiles.start, tiles.stop, dtype=np.int64), pixels, tasks
+    tasks = [executor.submit(read_run, i, i + run_length) for i in range(0, len(tiles), run_length)]
+    return tiles, pixels, tasks
 
 
 def _finish_batch(batch: _PendingBatch, bar: tqdm) -> tuple[np.ndarray, np.ndarray]:

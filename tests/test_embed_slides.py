@@ -12,11 +12,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from dre_slcl.training import embed_slides
+from dre_slcl.training import embed_model
 from dre_slcl_cli import main
 from modeling_dre_slcl import SlideFeatureExtractionPipeline
 
@@ -26,10 +27,10 @@ from .tiny_slide import write_tiny_slide
 VECTORS = ("slide_embedding", "slide_projection")
 KILLED_HALF_WAY = """
 import os, signal, sys
-from dre_slcl.training import embed_slides
+from dre_slcl.training import embed_files
 from dre_slcl_cli import main
 
-save_file, calls = embed_slides.save_file, []
+save_file, calls = embed_files.save_file, []
 
 def killed_in_the_second_file(tensors, path, **options):
     save_file(tensors, path, **options)
@@ -38,7 +39,7 @@ def killed_in_the_second_file(tensors, path, **options):
         path.write_bytes(path.read_bytes()[:500])
         os.kill(os.getpid(), signal.SIGKILL)
 
-embed_slides.save_file = killed_in_the_second_file
+embed_files.save_file = killed_in_the_second_file
 main(sys.argv[1:])
 """
 
@@ -93,7 +94,7 @@ def test_refused_slides_make_the_run_partial(embedded, slides):
     status, out = embedded
     assert status == 3
     assert sorted(path.name for path in out.iterdir()) == [
-        *("embed.json", "embeddings", "refused.jsonl", "slides.parquet")
+        *("README.md", "embed.json", "embeddings", "refused.jsonl", "slides.parquet", "summary.json", "summary.md")
     ]
     [refused] = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
     row = table(out)["broken"]
@@ -123,7 +124,7 @@ def test_a_second_run_loads_no_model_and_changes_nothing(embedded, model, slides
         shutil.copyfile(slides / name, tmp_path / name)
     before = {path: path.stat().st_mtime_ns for path in (out / "embeddings").iterdir()}
     rows = table(out)
-    monkeypatch.setattr(embed_slides._Embedder, "_load", lambda self: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(embed_model, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert embed(model, tmp_path, out, "--tile-features") == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "embeddings").iterdir()} == before
     assert table(out) == {slide_id: row for slide_id, row in rows.items() if slide_id != "broken"}
@@ -190,9 +191,9 @@ def test_killed_half_way_leaves_no_torn_file_and_goes_on(model, slides, expected
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     complete = [path for path in (out / "embeddings").iterdir() if not path.name.startswith(".")]
-    assert [path.name for path in complete] == ["one.safetensors"]
+    assert [path.stem for path in complete] in (["one"], ["two"])
     with safe_open(complete[0], framework="pt") as stored:
-        assert stored.metadata()["slide_id"] == "one"
+        assert stored.metadata()["slide_id"] == complete[0].stem
     assert len(list((out / "embeddings").iterdir())) == 2  # the torn one under its temporary name
     before = complete[0].stat().st_mtime_ns
     assert main(arguments) == 3
@@ -200,3 +201,111 @@ def test_killed_half_way_leaves_no_torn_file_and_goes_on(model, slides, expected
     assert complete[0].stat().st_mtime_ns == before
     stored = load_file(out / "embeddings" / "two.safetensors")
     torch.testing.assert_close(stored["residuals"], expected["residuals"], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Ten slides, three of them bad in different ways, with a manifest; and the seven good ones alone."""
+    folder = tmp_path_factory.mktemp("cohort")
+    names = [f"s{number}" for number in range(10)]
+    for number, name in enumerate(names):
+        path = write_tiny_slide(folder / f"{name}.tif", tissue=number != 4)
+        with path.open("ab") as file:
+            file.write(bytes([number]))
+    (folder / "s2.tif").write_bytes((folder / "s1.tif").read_bytes()[:300])
+    (folder / "s7.tif").write_bytes(b"")
+    table = pd.DataFrame({"slide_id": names, "path": [f"{name}.tif" for name in names], "grade": [1.0, 2.0] * 5})
+    table.to_csv(folder / "all.csv", index=False)
+    table[~table.slide_id.isin(["s2", "s4", "s7"])].to_csv(folder / "good.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model, cohort, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert embed(model, cohort / "all.csv", out, "--num-workers", "1") == 3
+    return out
+
+
+def test_bad_slides_leave_the_rows_of_good_ones_as_they_are(model, cohort, whole, tmp_path):
+    assert embed(model, cohort / "good.csv", tmp_path / "out", "--num-workers", "2", "--strict") == 0
+    rows = table(whole)
+    assert {name: row["reason"] for name, row in rows.items() if row["status"] != "ok"} == {
+        "s2": "truncated",
+        "s4": "no_tissue",
+        "s7": "truncated",
+    }
+    assert {name: row for name, row in rows.items() if row["status"] == "ok"} == table(tmp_path / "out")
+    assert embed(model, cohort / "all.csv", whole, "--strict") == 4
+
+
+def test_datasets_loads_the_folder(whole, tmp_path):
+    rows = load_dataset(str(whole), split="train", cache_dir=str(tmp_path))
+    assert rows.num_rows == 10
+    assert rows["slide_id"] == [f"s{number}" for number in range(10)]
+    assert len(rows[0]["slide_embedding"]) == 32
+    assert rows[1]["grade"] == 2.0
+    assert rows[2]["slide_embedding"] is None
+
+
+def test_the_summary_adds_up(model, cohort, tmp_path):
+    embed(model, cohort / "all.csv", tmp_path, "--num-workers", "0")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["num_slides"], summary["num_embedded"], summary["num_refused"]) == (10, 7, 3)
+    assert summary["refused_by_reason"] == {"no_tissue": 1, "truncated": 2}
+    assert summary["num_tiles_encoded"] == sum(row["num_tiles"] for row in table(tmp_path).values())
+    own = sum(summary["seconds"][name] for name in ("encode", "wait"))
+    assert 0 < own <= summary["total_seconds"]
+    assert "| encode |" in (tmp_path / "summary.md").read_text()
+
+
+def test_shares_of_machines_join_to_the_whole(model, cohort, whole, tmp_path, caplog):
+    parts = [tmp_path / f"part{index}" for index in (1, 2)]
+    for index, part in enumerate(parts, 1):
+        assert embed(model, cohort / "all.csv", part, "--shard", f"{index}/2", "--num-workers", "0") in (0, 3)
+    join = ["embed", "--join", str(parts[1]), str(parts[0]), "--out", str(tmp_path / "joined")]
+    assert main(join) == 3
+    assert table(tmp_path / "joined") == table(whole)
+    assert list(table(tmp_path / "joined")) == list(table(whole))
+    names = sorted(path.name for path in (whole / "embeddings").iterdir())
+    assert sorted(path.name for path in (tmp_path / "joined" / "embeddings").iterdir()) == names
+    assert main(["embed", "--join", str(parts[0]), "--out", str(tmp_path / "half")]) == 1
+    assert "expected each of the 2 shares once, found shares [1]" in caplog.text
+
+
+def test_hdf5_holds_the_same_numbers(model, cohort, whole, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    options = ("--format", "h5", "--num-workers", "0", "--tile-features", "--trident", str(tmp_path / "job"))
+    assert embed(model, cohort / "s0.tif", tmp_path / "out", *options) == 0
+    expected = load_file(whole / "embeddings" / "s0.safetensors")
+    with h5py.File(tmp_path / "out" / "embeddings" / "s0.h5") as file:
+        assert {*expected, "tile_features", "tile_xy"} == set(file)
+        assert all(torch.equal(torch.from_numpy(file[name][()]), value) for name, value in expected.items())
+        corners = file["tile_xy"][()]
+    run = tmp_path / "job" / "20x_32px_0px_overlap"
+    with h5py.File(run / "slide_features_dre_slcl" / "s0.h5") as file:
+        assert torch.equal(torch.from_numpy(file["features"][()]), expected["slide_embedding"])
+        assert file["coords"].attrs["patch_size_level0"] == 32
+        assert (file["coords"][()] == corners).all()
+    with h5py.File(run / "features_dre_slcl" / "s0.h5") as file:
+        assert file["features"].shape == (len(corners), 32)
+
+
+def test_a_model_without_a_codebook_is_one_clear_error(slides, tmp_path, caplog):
+    model = tiny_model()
+    model.codebook.zero_()
+    model.save_pretrained(tmp_path / "model")
+    tiny_image_processor().save_pretrained(tmp_path / "model")
+    assert embed(tmp_path / "model", slides, tmp_path / "out") == 1
+    assert "all codewords of its codebook are zero" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(model, cohort, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    command += ["-m", "dre_slcl.training.embed_slides", "--model", str(model), "--slides", str(cohort / "good.csv")]
+    command += ["--out", str(tmp_path / "out"), "--num-workers", "1", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert table(tmp_path / "out") == {name: row for name, row in table(whole).items() if row["status"] == "ok"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["num_processes"] == 2

@@ -5,102 +5,125 @@
 <out>/
     embeddings/<slide_id>.safetensors   slide_embedding (D,), slide_projection (E,), residuals (K, D),
                                         codeword_counts (K,); with --tile-features also tile_features (N, D) and
-                                        tile_xy (N, 2)
-    slides.parquet                      a row per slide: slide_id, status, reason, num_tiles, both vectors, ...
+                                        tile_xy (N, 2); .h5 with --format h5
+    slides.parquet, README.md           a row per slide: slide_id, status, reason, num_tiles, both vectors, ...; loads
+                                        with `datasets.load_dataset(<out>)`
     refused.jsonl                       the slides that could not be embedded, with reason codes
+    summary.json, summary.md            counts, speed, and where the time went
     embed.json                          the options that made them
 ```
 """
 
 import argparse
-import json
+import contextlib
 import logging
+import os
+import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from modeling_dre_slcl.atomic_files import read_json, remove_temporary, write_json
+from modeling_dre_slcl.slide_info import SlideError
+from modeling_dre_slcl.slide_reader import slide_fingerprint
+from modeling_dre_slcl.slide_sampling import SamplingConfig
 
-from modeling_dre_slcl.atomic_files import atomic_file, read_json, remove_temporary, write_json, write_text
-from modeling_dre_slcl.slide_reader import SlideError, slide_fingerprint
-
+from .build_progress import BuildProgress
+from .disk_space import DiskFullError, disk_full_error, is_disk_full
+from .embed_arguments import add_embed_arguments
+from .embed_files import EmbedRecord, embedding_path, read_facts, write_table
+from .embed_processes import ProcessGroup
+from .embed_summary import make_summary, write_summary
+from .embed_writer import EmbeddingWriter
 from .folder_lock import folder_lock
 from .manifest import ManifestRow, read_manifest
 from .manifest_checks import check_ids
+from .manifest_shares import divide_manifest, parse_share, share_info
+from .slide_tasks import fingerprint_slides
 
 logger = logging.getLogger(__name__)
-_VECTORS = ("slide_embedding", "slide_projection")
-_TENSORS = (*_VECTORS, "residuals", "codeword_counts", "tile_features", "tile_xy")
+_FAILED, _USAGE, _PARTIAL, _REFUSED_STRICT, _DISK_FULL = 1, 2, 3, 4, 5
+# What embeddings of one folder must have in common.
+_OPTIONS = ("model", "revision", "mpp", "min_tissue_fraction", "tile_features", "format", "trident")
+_SAMPLING_OPTIONS = ("tolerance", "max_tiles", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dre-slcl embed`."""
-    parser.description = (
-        "Embeds slides with a trained model. Slides that were embedded before are skipped, so an interrupted run goes "
-        "on when it is started again. Exit status: 0 all embedded, 3 some refused (see refused.jsonl), 1 none."
-    )
-    parser.add_argument("--model", required=True, help="folder or Hub repository of a DRE-SLCL model")
-    parser.add_argument("--slides", required=True, type=Path, help="a slide, a folder of slides, or a manifest")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the embeddings")
-    parser.add_argument(
-        "--slides-root", type=Path, help="folder that a manifest's paths start from (default: its own)"
-    )
-    parser.add_argument("--mpp", type=float, help="level-0 resolution in um/px, for slides that do not state it")
-    parser.add_argument(
-        "--min-tissue-fraction", type=float, default=0.25, help="tiles with less are left out (default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="tiles encoded at once (default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, default=2, help="threads that read tiles (default: %(default)s)")
-    parser.add_argument("--tile-features", action="store_true", help="also store each tile's feature and place")
-    parser.add_argument("--device", help="for example cpu or cuda:0 (default: the first accelerator)")
+    add_embed_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     try:
+        if arguments.join:
+            from .embed_join import join_embeddings
+
+            return join_embeddings(arguments.join, arguments.out)
+        if not arguments.model:
+            raise ValueError("--model: expected the folder or the Hub repository of a model.")
         return embed_slides(arguments)
-    except (ValueError, OSError) as error:
+    except DiskFullError as error:
         logger.error("%s", error)
-        return 1
+        return _DISK_FULL
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, OSError) and is_disk_full(error):
+            logger.error("%s", disk_full_error(arguments.out, 0))
+            return _DISK_FULL
+        logger.error("%s", error)
+        return _FAILED
 
 
 def embed_slides(arguments: argparse.Namespace) -> int:
     """Embeds what the arguments name.
 
     Returns:
-        `int`: 0 if all slides are embedded, 3 if some were refused, 1 if all were.
+        `int`: 0 if all slides are embedded, 3 if some were refused (4 with `--strict`), 1 if all were.
 
     Raises:
-        ValueError: if the slides cannot be listed, or the folder holds embeddings made with other options.
+        ValueError: if the slides cannot be listed, the model cannot embed anything, or the folder holds embeddings
+            made with other options.
     """
-    slides = _list_slides(arguments.slides, arguments.slides_root)
+    sampling = SamplingConfig(**{name: getattr(arguments, name) for name in _SAMPLING_OPTIONS})
+    share = parse_share(arguments.shard) if arguments.shard else None
+    rows = list_slides(arguments.slides, arguments.slides_root)
+    extra: dict[str, Any] = {}
+    if share is not None:
+        positions = divide_manifest(rows, share[1])[share[0] - 1]
+        extra["share"] = share_info(rows, positions, *share)
+        rows = [rows[position] for position in positions]
+    group = ProcessGroup(arguments.device)
     out = arguments.out
-    (out / "embeddings").mkdir(parents=True, exist_ok=True)
-    with folder_lock(out):
-        remove_temporary(out / "embeddings")
-        _check_options(arguments)
-        started = time.monotonic()
-        embedder = _Embedder(arguments)
-        rows = [embedder.embed(slide) for slide in tqdm(slides, desc="embedding", unit="slide")]
-        _write_tables(out, rows)
-    num_refused = sum(row["status"] == "refused" for row in rows)
-    logger.info(
-        "%d slides with %d tiles embedded, %d refused, in %.0f s; the table is %s.",
-        len(rows) - num_refused,
-        sum(row["num_tiles"] for row in rows),
-        num_refused,
-        time.monotonic() - started,
-        out / "slides.parquet",
-    )
-    return 0 if not num_refused else 3 if num_refused < len(rows) else 1
+    started = time.monotonic()
+    with folder_lock(_made(out)) if group.is_first else contextlib.nullcontext():
+        if group.is_first:
+            remove_temporary(out / "embeddings")
+            _check_options(arguments, extra)
+        group.wait()
+        own = [rows[position] for position in divide_manifest(rows, group.size)[group.rank]]
+        records, seconds = _embed_share(arguments, own, sampling, group)
+        gathered = group.gather(records, seconds)
+        if gathered is None:
+            return 0
+        records, seconds = gathered
+        start = time.monotonic()
+        write_table(out, rows, records, arguments.format)
+        seconds["write"] += time.monotonic() - start
+        total_seconds = time.monotonic() - started
+        ordered = [records[row.slide_id] for row in rows]
+        summary = make_summary(ordered, seconds, total_seconds=total_seconds, num_processes=group.size)
+        write_summary(out, summary)
+    return _report(arguments, ordered, summary)
 
 
-def _list_slides(slides: Path, slides_root: Path | None) -> list[ManifestRow]:
-    """A single slide, or the rows of a manifest or folder."""
+def list_slides(slides: Path, slides_root: Path | None) -> list[ManifestRow]:
+    """Lists a single slide, or the rows of a manifest or folder.
+
+    Raises:
+        ValueError: if there are none.
+    """
     if slides.is_file() and slides.suffix.lower() not in (".csv", ".tsv", ".parquet"):
         path = slides.absolute()
         # A DICOM slide is a folder of files, which has the slide's name.
@@ -113,10 +136,15 @@ def _list_slides(slides: Path, slides_root: Path | None) -> list[ManifestRow]:
     return rows
 
 
-def _check_options(arguments: argparse.Namespace) -> None:
+def _made(out: Path) -> Path:
+    (out / "embeddings").mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _check_options(arguments: argparse.Namespace, extra: dict[str, Any]) -> None:
     """Remembers what the embeddings of a folder are made with, and refuses to mix in others."""
-    names = ("model", "mpp", "min_tissue_fraction", "tile_features")
-    options = {name: getattr(arguments, name) for name in names}
+    options = {name: getattr(arguments, name) for name in (*_OPTIONS, *_SAMPLING_OPTIONS)}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()} | extra
     # A model that was trained again is another one, although its folder has the same name.
     options["weights"] = {
         path.name: slide_fingerprint(path) for path in sorted(Path(arguments.model).glob("*.safetensors"))
@@ -127,78 +155,88 @@ def _check_options(arguments: argparse.Namespace) -> None:
     write_json(path, options)
 
 
-class _Embedder:
-    """Embeds slides one by one; the model is loaded when the first slide needs it."""
+def _embed_share(
+    arguments: argparse.Namespace, rows: Sequence[ManifestRow], sampling: SamplingConfig, group: ProcessGroup
+) -> tuple[dict[str, EmbedRecord], "Counter[str]"]:
+    """Embeds the slides of this process that are not embedded yet."""
+    records = _find_done(arguments, rows)
+    left = [row for row in rows if row.slide_id not in records]
+    seconds: Counter[str] = Counter()
+    with BuildProgress(len(rows), len(records), shows_bar=group.is_first) as progress:
+        if not left:
+            return records, seconds
+        # Here, because it loads the model's libraries.
+        from .embed_engine import EmbedOptions, SlideJob, iter_embeddings
+        from .embed_model import load_model
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self._pipeline: Any = None
-
-    def embed(self, slide: ManifestRow) -> dict[str, Any]:
-        """Embeds a slide, unless its file is there already; returns its row of the table."""
-        path = self.arguments.out / "embeddings" / f"{slide.slide_id}.safetensors"
-        row = {"slide_id": slide.slide_id, "case_id": slide.case_id, "status": "ok", "reason": "", "num_tiles": 0}
-        try:
-            made_from = {
-                "fingerprint": slide_fingerprint(slide.path),
-                "given_mpp": str(slide.mpp or self.arguments.mpp),
-            }
-            if not _is_made_from(path, made_from):
-                self._write(slide, path, made_from)
-        except SlideError as error:
-            logger.warning("Slide %s is refused (%s): %s", slide.slide_id, error.reason, error)
-            return row | {"status": "refused", "reason": error.reason, "message": str(error)}
-        with safe_open(path, framework="np") as stored:
-            vectors = {name: stored.get_tensor(name) for name in _VECTORS}
-            facts = stored.metadata()
-        return row | vectors | {"num_tiles": int(facts["num_tiles"]), "mpp": float(facts["mpp"])}
-
-    def _write(self, slide: ManifestRow, path: Path, made_from: dict[str, str]) -> None:
-        options = self.arguments
-        result = self._load()(
-            {"path": str(slide.path), "slide_id": slide.slide_id, "mpp": slide.mpp or options.mpp},
-            on_error="raise",
-            batch_size=options.batch_size,
-            num_threads=options.num_threads,
-            min_tissue_fraction=options.min_tissue_fraction,
-            return_tile_features=options.tile_features,
+        options = EmbedOptions(
+            min_tissue_fraction=arguments.min_tissue_fraction,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            slide_timeout=arguments.slide_timeout,
+            keep_features=arguments.tile_features,
+            sampling=sampling,
         )
-        facts = {key: str(result[key]) for key in ("slide_id", "num_tiles", "mpp")} | made_from
-        tensors = {name: result[name].contiguous() for name in _TENSORS if name in result}
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata=facts)
-
-    def _load(self) -> Any:
-        if self._pipeline is None:
-            from transformers import AutoImageProcessor, AutoModel
-
-            from modeling_dre_slcl import SlideFeatureExtractionPipeline
-
-            # The installed classes: code that a repository carries is not run here.
-            self._pipeline = SlideFeatureExtractionPipeline(
-                model=AutoModel.from_pretrained(self.arguments.model, trust_remote_code=False),
-                image_processor=AutoImageProcessor.from_pretrained(self.arguments.model, trust_remote_code=False),
-                device=self.arguments.device,
-            )
-        return self._pipeline
+        model, image_processor = load_model(arguments.model, arguments.revision, group.device)
+        jobs = [SlideJob(row.slide_id, row.path, _given_mpp(row, arguments)) for row in left]
+        with EmbeddingWriter(arguments, model.config, seconds) as writer:
+            for place, result in iter_embeddings(model, image_processor, jobs, options, seconds=seconds):
+                slide_id = jobs[place].slide_id
+                if isinstance(result, SlideError):
+                    # What an earlier run made of a slide that has changed since must not stay beside its refusal.
+                    embedding_path(arguments.out, slide_id, arguments.format).unlink(missing_ok=True)
+                    record = EmbedRecord(slide_id, "refused", result.reason, result.message)
+                else:
+                    record = EmbedRecord(slide_id, num_tiles=result["num_tiles_encoded"])
+                    writer.write(result | {"given_mpp": str(jobs[place].mpp)})
+                records[slide_id] = record
+                progress.add(record)
+    return records, seconds
 
 
-def _is_made_from(path: Path, made_from: dict[str, str]) -> bool:
-    """Whether a slide was embedded before, and neither its file nor the mpp given for it has changed since."""
-    if not path.is_file():
-        return False
-    with safe_open(path, framework="np") as stored:
-        return made_from.items() <= stored.metadata().items()
+def _given_mpp(row: ManifestRow, arguments: argparse.Namespace) -> float | None:
+    return row.mpp or arguments.mpp
 
 
-def _write_tables(out: Path, rows: list[dict[str, Any]]) -> None:
-    columns = ("slide_id", "case_id", "status", "reason", "num_tiles", "mpp", *_VECTORS)
-    table = pa.table({name: pa.array([_plain(row.get(name)) for row in rows]) for name in columns})
-    with atomic_file(out / "slides.parquet") as temporary:
-        pq.write_table(table, temporary)
-    refused = [{key: row[key] for key in ("slide_id", "reason", "message")} for row in rows if row["status"] != "ok"]
-    write_text(out / "refused.jsonl", "".join(json.dumps(row) + "\n" for row in refused))
+def _find_done(arguments: argparse.Namespace, rows: Sequence[ManifestRow]) -> dict[str, EmbedRecord]:
+    """Records of slides that were embedded before, if neither the file nor the mpp given for it has changed since."""
+    facts = {row.slide_id: read_facts(embedding_path(arguments.out, row.slide_id, arguments.format)) for row in rows}
+    found = [row for row in rows if facts[row.slide_id]]
+    fingerprints = fingerprint_slides(found)
+    done = {}
+    for row in found:
+        made_from = {"fingerprint": fingerprints[row.slide_id], "given_mpp": str(_given_mpp(row, arguments))}
+        if made_from.items() <= facts[row.slide_id].items():
+            done[row.slide_id] = EmbedRecord(row.slide_id)
+    return done
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
+def _report(arguments: argparse.Namespace, records: Sequence[EmbedRecord], summary: dict[str, Any]) -> int:
+    logger.info(
+        "%d of %d slides embedded, %d refused, %d tiles in %.0f s (%.2f slides/s, %.1f tiles/s); the table is %s.",
+        *(summary[name] for name in ("num_embedded", "num_slides", "num_refused", "num_tiles_encoded")),
+        *(summary[name] for name in ("total_seconds", "slides_per_second", "tiles_per_second")),
+        arguments.out / "slides.parquet",
+    )
+    num_refused = summary["num_refused"]
+    if num_refused == len(records):
+        reasons = summary["refused_by_reason"]
+        logger.error("None of the %d slides could be embedded (%s); see refused.jsonl.", num_refused, reasons)
+        return _FAILED
+    if num_refused and arguments.strict:
+        logger.error("%d slides were refused, which --strict forbids; see refused.jsonl.", num_refused)
+        return _REFUSED_STRICT
+    return _PARTIAL if num_refused else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `accelerate launch -m dre_slcl.training.embed_slides`."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    parser = argparse.ArgumentParser("dre_slcl.training.embed_slides")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -121,10 +121,72 @@ def run_in_workers(
                 workers.append(_start_worker(function, initializer, memory_bytes))
             for worker in workers:
                 if worker.is_ready and worker.task is None and waiting:
-                    _send_task(worker, waiting.pop(), tasks)
+                    index = waiting.pop()
+                    _send_task(worker, index, tasks[index])
             yield from _collect_results(workers, deadline_seconds)
     finally:
         _stop_workers(workers)
+
+
+class WorkerPool:
+    """Workers that are handed tasks one by one, by a caller who decides what is to be done next.
+
+    A context manager, to be used by one thread.
+
+    Args:
+        function (`Callable`), num_workers (`int`), initializer (`Callable`), deadline_seconds (`float`),
+        memory_bytes (`int`): as in `run_in_workers`; with 0 workers, tasks are done when they are sent.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        *,
+        num_workers: int,
+        initializer: Callable[[], None] | None = None,
+        deadline_seconds: float | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self._function, self._initializer, self._memory_bytes = function, initializer, memory_bytes
+        self._num_workers, self._deadline_seconds = num_workers, deadline_seconds
+        self._workers: list[_Worker] = []
+        self._done_here: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _stop_workers(self._workers)
+
+    def idle(self) -> list[int]:
+        """Returns the names (numbers) of the workers that wait for a task; those that died are replaced."""
+        if self._num_workers == 0:
+            return [] if self._done_here else [0]
+        while len(self._workers) < self._num_workers:
+            self._workers.append(_start_worker(self._function, self._initializer, self._memory_bytes))
+        return [worker.process.pid for worker in self._workers if worker.is_ready and worker.task is None]
+
+    def send(self, worker: int, index: int, task: Any) -> None:
+        """Gives a task, under a number of the caller's, to an idle worker."""
+        if self._num_workers == 0:
+            self._done_here.append((index, self._function(task)))
+            return
+        [found] = [one for one in self._workers if one.process.pid == worker]
+        _send_task(found, index, task)
+
+    def collect(self, wake: Connection) -> Iterator[tuple[int, Any]]:
+        """Waits until a worker says something or is late, or `wake` can be read.
+
+        Yields:
+            `tuple[int, Any]`: number of a task, and its result, a `WorkerCrash` or a `WorkerTimeout`.
+        """
+        if self._num_workers:
+            yield from _collect_results(self._workers, self._deadline_seconds, wake)
+            return
+        if not self._done_here:
+            wait([wake])
+        while self._done_here:
+            yield self._done_here.pop()
 
 
 def _start_worker(
@@ -156,19 +218,25 @@ def _without_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main_module
 
 
-def _send_task(worker: _Worker, index: int, tasks: Sequence[Any]) -> None:
+def _send_task(worker: _Worker, index: int, task: Any) -> None:
     worker.task, worker.silent_seconds, worker.last_output = index, 0.0, b""
     try:
-        worker.connection.send(tasks[index])
+        worker.connection.send(task)
     except BrokenPipeError:
         logger.debug("Worker %s ended before it got task %d.", worker.process.pid, index)
 
 
-def _collect_results(workers: list[_Worker], deadline_seconds: float | None) -> Iterator[tuple[int, Any]]:
-    """Waits until a worker says something or is late; yields what came and removes workers that ended."""
+def _collect_results(
+    workers: list[_Worker], deadline_seconds: float | None, wake: Connection | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Waits until a worker says something or is late, or `wake` is ready; yields what came.
+
+    Workers that ended are removed.
+    """
     busy = [worker for worker in workers if worker.task is not None or not worker.is_ready]
+    others = [] if wake is None else [wake]
     start = time.monotonic()
-    ready = set(wait(_connections(busy), _seconds_left(busy, deadline_seconds)))
+    ready = set(wait(_connections(busy) + others, _seconds_left(busy, deadline_seconds)))
     waited = time.monotonic() - start
     for worker in busy:
         worker.silent_seconds += waited

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What embedding slides costs beside its tile encoder, and whether its result depends on how the work is cut.
+
+    python benchmarks/embed_slides.py            # 2 slides of about 1,500 tiles, a minute or two
+    python benchmarks/embed_slides.py --full     # 4 slides of about 6,000
+
+Synthetic slides of JPEG tiles (256 px, 0.5 um/px, like an Aperio scan), a small convolutional encoder, one reader
+process, one thread of the encoder. The last line is JSON:
+
+- `wall_over_larger`: seconds of embedding over the larger of `read_seconds` (the same tiles, read and thrown
+  away) and `encode_seconds` (as many batches from memory); target at most 1.15;
+- `overhead_cpu_ms_per_tile`: processor time of all processes for opening, masks, reading, stream and sums, with
+  an encoder that does nothing; from slides of two sizes, so that starting processes is left out; target 0.6;
+- `preprocess_ms_per_tile`: uint8 pixels to normalised floats, which belongs to the encoder's side;
+- `bit_exact`: whether sums and embeddings have the same bits for 0, 1 and 2 readers, for slides alone and together;
+- `least_cosine_minus_one`: over batch sizes, against the default; target within 1e-7.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from large_slide import write_large_slide
+
+from dre_slcl.training import embed_engine
+from dre_slcl.training.embed_engine import EmbedOptions, SlideJob, iter_embeddings
+from dre_slcl.training.embed_stream import TileBatch, TileStream
+from modeling_dre_slcl import DreSlclConfig, DreSlclImageProcessor, DreSlclModel
+from modeling_dre_slcl.slide_inference import TileBatchEncoder
+from modeling_dre_slcl.slide_info import SlideError
+from modeling_dre_slcl.tile_grid import TileGridConfig
+
+_TILE_PX, _TILE_MPP, _BATCH_SIZE = 256, 0.5, 32
+_ENCODER = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "norm_layer": "groupnorm"}
+
+
+def main() -> int:
+    """Runs the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="larger slides, and more of them")
+    parser.add_argument("--side-px", type=int, help="side of the slides (default: 10000, 20000 with --full)")
+    parser.add_argument("--device", default="cpu", help="of the encoder (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    side, count = arguments.side_px or (20_000 if arguments.full else 10_000), 4 if arguments.full else 2
+    model, image_processor = make_model(arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [_write(Path(folder) / f"slide-{number}.svs", side, number) for number in range(count)]
+        small = _write(Path(folder) / "small.svs", side // 4, 9)
+        figures = {
+            "benchmark": "embed_slides",
+            "device": arguments.device,
+            "targets": {"wall_over_larger": 1.15, "overhead_cpu_ms_per_tile": 0.6, "least_cosine_minus_one": -1e-7},
+            **measure_wall(model, image_processor, jobs),
+            **measure_overhead(model, image_processor, jobs, small),
+            **measure_exactness(model, image_processor, [small, _write(Path(folder) / "other.svs", side // 4, 8)]),
+        }
+    print(json.dumps(figures))
+    return 0
+
+
+def make_model(device: str) -> tuple[Any, Any]:
+    """Returns a small random model for tiles of 256 px, and its image processor."""
+    from transformers import AutoConfig
+
+    torch.manual_seed(0)
+    encoder = AutoConfig.for_model("timm_wrapper", architecture="resnet18", model_args=_ENCODER)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128, "num_codewords": 8}
+    config = DreSlclConfig(
+        encoder_config=encoder, tile_pooling="pooler", tile_size_px=_TILE_PX, tile_mpp=_TILE_MPP, **sizes
+    )
+    model = DreSlclModel(config).eval().to(device)
+    return model, DreSlclImageProcessor(size={"height": _TILE_PX, "width": _TILE_PX}, do_resize=False)
+
+
+def _write(path: Path, side: int, seed: int) -> SlideJob:
+    write_large_slide(path, side, side, mpp=_TILE_MPP, tissue_share=0.9, seed=seed)
+    return SlideJob(path.stem, path)
+
+
+def measure_wall(model: Any, image_processor: Any, jobs: list[SlideJob]) -> dict[str, Any]:
+    """Embedding beside its two parts."""
+    num_tiles, read_seconds = read_alone(jobs)
+    encoder = TileBatchEncoder(model, image_processor, _BATCH_SIZE)
+    tiles = np.random.default_rng(0).integers(0, 256, (_BATCH_SIZE, _TILE_PX, _TILE_PX, 3), dtype=np.uint8)
+    encoder(tiles).cpu()  # what a library takes at its first use
+    start = time.monotonic()
+    for _ in range(-(-num_tiles // _BATCH_SIZE)):
+        encoder(tiles).cpu()
+    encode_seconds = time.monotonic() - start
+    start = time.monotonic()
+    embed(model, image_processor, jobs, num_workers=1)
+    wall_seconds = time.monotonic() - start
+    return {
+        "num_tiles": num_tiles,
+        "read_seconds": round(read_seconds, 2),
+        "encode_seconds": round(encode_seconds, 2),
+        "wall_seconds": round(wall_seconds, 2),
+        "wall_over_larger": round(wall_seconds / max(read_seconds, encode_seconds), 3),
+        "tiles_per_second": round(num_tiles / wall_seconds, 1),
+    }
+
+
+def read_alone(jobs: list[SlideJob]) -> tuple[int, float]:
+    """Reads all tiles of slides and throws them away; returns their number and the seconds."""
+    grid_config = TileGridConfig(tile_size_px=_TILE_PX, tile_mpp=_TILE_MPP)
+    left: dict[int, int] = {}
+    num_tiles, start = 0, time.monotonic()
+    with TileStream(jobs, grid_config, tissue="stain", batch_size=_BATCH_SIZE, num_workers=1) as stream:
+        for event in stream:
+            if isinstance(event, TileBatch):
+                stream.release(event)
+                num_tiles += event.num_tiles
+                for slide, places, _ in event.parts:
+                    left[slide] -= places.stop - places.start
+                    if not left[slide]:
+                        stream.finish(slide)
+            elif isinstance(event[1], SlideError):
+                raise event[1]
+            else:
+                slide, opened = event
+                left[slide] = len(opened.tile_xy)
+                stream.request(slide, np.arange(left[slide]), left[slide])
+    return num_tiles, time.monotonic() - start
+
+
+def measure_overhead(model: Any, image_processor: Any, jobs: list[SlideJob], small: SlideJob) -> dict[str, Any]:
+    """Processor time per tile with an encoder that does nothing."""
+    features = torch.nn.functional.normalize(torch.randn(_BATCH_SIZE, model.config.hidden_size), dim=1)
+    spent = {}
+    original = embed_engine.TileBatchEncoder
+    embed_engine.TileBatchEncoder = lambda *_: lambda tiles: features[: len(tiles)]
+    try:
+        for name, some in (("small", [small]), ("all", jobs)):
+            before = _cpu_seconds()
+            results = embed(model, image_processor, some, num_workers=1)
+            spent[name] = _cpu_seconds() - before, sum(one["num_tiles"] for one in results)
+    finally:
+        embed_engine.TileBatchEncoder = original
+    seconds, tiles = (large - little for large, little in zip(spent["all"], spent["small"], strict=True))
+    pixels = np.zeros((_BATCH_SIZE, _TILE_PX, _TILE_PX, 3), dtype=np.uint8)
+    image_processor.tiles_to_pixel_values(pixels, "cpu")
+    start = time.process_time()
+    for _ in range(20):
+        image_processor.tiles_to_pixel_values(pixels, "cpu")
+    preprocess_seconds = (time.process_time() - start) / (20 * _BATCH_SIZE)
+    return {
+        "overhead_cpu_ms_per_tile": round(1000 * seconds / tiles, 3),
+        "preprocess_ms_per_tile": round(1000 * preprocess_seconds, 3),
+    }
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def measure_exactness(model: Any, image_processor: Any, jobs: list[SlideJob]) -> dict[str, Any]:
+    """Compares bits over numbers of readers, and embeddings over sizes of batches."""
+    expected = embed(model, image_processor, jobs, num_workers=0)
+    runs = [embed(model, image_processor, jobs, num_workers=count) for count in (1, 2)]
+    runs.append([embed(model, image_processor, [job], num_workers=1)[0] for job in jobs])
+    names = ("residuals", "codeword_counts", "slide_embedding")
+    pairs = [pair for run in runs for pair in zip(run, expected, strict=True)]
+    is_exact = all(torch.equal(found[name], one[name]) for found, one in pairs for name in names)
+    cosines = [
+        torch.cosine_similarity(found["slide_embedding"].double(), one["slide_embedding"].double(), dim=0) - 1
+        for size in (1, 7, 16, 100)
+        for found, one in zip(
+            embed(model, image_processor, jobs, num_workers=0, batch_size=size), expected, strict=True
+        )
+    ]
+    return {"bit_exact": is_exact, "least_cosine_minus_one": float(min(cosines))}
+
+
+def embed(model: Any, image_processor: Any, jobs: list[SlideJob], **options: Any) -> list[dict[str, Any]]:
+    """Embeds slides; returns their results in order."""
+    settings = EmbedOptions(**{"batch_size": _BATCH_SIZE, **options})
+    results = dict(iter_embeddings(model, image_processor, jobs, settings))
+    return [results[place] for place in range(len(jobs))]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

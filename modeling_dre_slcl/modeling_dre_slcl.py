@@ -288,23 +288,30 @@ class DreSlclModel(DreSlclPreTrainedModel):
         return attribute_tiles(self, tile_features, direction, **kwargs)
 
     def zero_shot_classifier(
-        self, tokenizer: Any, class_names: Sequence[Sequence[str]], templates: Sequence[str]
+        self, tokenizer: Any, class_names: Sequence[Sequence[str]], templates: Sequence[str] | None = None
     ) -> torch.Tensor:
         """Builds a classifier from text; arguments and result as in `zero_shot.zero_shot_classifier`."""
-        from .zero_shot import zero_shot_classifier
+        from .zero_shot import DEFAULT_TEMPLATES, zero_shot_classifier
 
-        return zero_shot_classifier(self, tokenizer, class_names, templates)
+        return zero_shot_classifier(
+            self, tokenizer, class_names, DEFAULT_TEMPLATES if templates is None else templates
+        )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves weights, config and this code, so that the folder (or the Hub) serves `AutoModel` and `pipeline`.
 
         Arguments as in `PreTrainedModel.save_pretrained`.
         """
-        # Named here so that transformers, which follows relative imports, carries the pipeline along.
+        # Named here so that transformers, which follows relative imports, carries the pipelines along.
         from .pipeline_dre_slcl import TASK, SlideFeatureExtractionPipeline
+        from .zero_shot_pipeline import ZERO_SHOT_TASK, ZeroShotSlideClassificationPipeline
 
-        implementation = f"pipeline_dre_slcl.{SlideFeatureExtractionPipeline.__name__}"
-        self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"]}}
+        implementations = {TASK: f"pipeline_dre_slcl.{SlideFeatureExtractionPipeline.__name__}"}
+        if self.text_encoder is not None:
+            implementations[ZERO_SHOT_TASK] = f"zero_shot_pipeline.{ZeroShotSlideClassificationPipeline.__name__}"
+        self.config.custom_pipelines = {
+            task: {"impl": implementation, "pt": ["AutoModel"]} for task, implementation in implementations.items()
+        }
         super().save_pretrained(save_directory, **kwargs)
 
     def forward(

@@ -25,6 +25,7 @@ OPTIONS = {
     "embed": ["--model", "--slides", "--out", "--mpp", "--tile-features", "--device"],
     "evaluate": ["--model", "--dataset", "--label-column", "--out"],
     "search": ["--index", "--model", "--like", "--slide", "--find", "--top-k", "--out"],
+    "view": ["--model", "--embeddings", "--port", "--make-space"],
     "export": ["--dataset", "--format", "--out"],
     "import-features": ["--from", "--out", "--encoder", "--width", "--slides", "--license"],
     "publish": ["--model", "--dataset", "--repo", "--private", "--dry-run"],

@@ -98,14 +98,12 @@ class SlidePyramid:
         return buffer.getvalue()
 
     def thumbnail_jpeg(self, size_px: int) -> bytes:
-        """The whole slide as a JPEG file whose longer side has at most `size_px` px (of 1024)."""
-        level = max(
-            (level for level, size in enumerate(self.level_sizes) if max(size) <= max(size_px, TILE_PX)), default=0
-        )
-        picture = self.tile(level, 0, 0) if max(self.level_sizes[level]) <= TILE_PX else self._stitch(level)
+        """The whole slide as a JPEG file whose longer side has at most `size_px` px."""
+        large = [level for level, size in enumerate(self.level_sizes) if max(size) >= size_px]
+        picture = self._stitch(min(large, default=len(self.level_sizes) - 1))
         picture.thumbnail((size_px, size_px))
         buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
         return buffer.getvalue()
 
     def close(self) -> None:

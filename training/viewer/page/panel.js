@@ -231,8 +231,17 @@ function describeTileAt(event) {
   $("#hover").textContent = text;
 }
 
-function start(chosen) {
-  showSlide(chosen).catch((error) => say(error.message, "error"));
+async function start(chosen, asked = new URLSearchParams()) {
+  try {
+    const shown = showSlide(chosen);
+    const { mpp, left_px, top_px } = view.slide, ratio = view.canvas.width / view.canvas.clientWidth;
+    const [x, y, um] = ["x", "y", "um_per_px"].map((name) => parseFloat(asked.get(name)));
+    if (um > 0) view.moveTo(x - left_px, y - top_px, mpp / um * ratio);
+    await shown;
+    if (features && asked.get("layer") === "codewords") chooseLayer("codewords");
+  } catch (error) {
+    say(error.message, "error");
+  }
 }
 
 $("#query").addEventListener("submit", (event) => { event.preventDefault(); find(); });
@@ -260,10 +269,11 @@ function drawMarksSoon() {
 ask("api/slides").then((found) => {
   about = found;
   $("#slides").replaceChildren(...about.slides.map((slide, place) => new Option(slide.slide_id, place)));
-  // The address can name a slide and a text, so that a view can be linked to.
+  // The address can name what is shown, so that a view can be linked to: slide, text, against, layer, and a place by
+  // x and y (level-0 px of its middle) and um_per_px.
   const asked = new URLSearchParams(location.search);
   $("#text").value = asked.get("text") ?? "";
   $("#against").value = asked.get("against") ?? "";
   const named = about.slides.findIndex((slide) => slide.slide_id === asked.get("slide"));
-  start(Math.max(0, named));
+  start(Math.max(0, named), asked);
 }).catch((error) => say(error.message, "error"));

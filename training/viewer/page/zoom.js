@@ -38,8 +38,9 @@ class SlideCanvas {
     const ratio = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(this.canvas.clientWidth * ratio);
     this.canvas.height = Math.round(this.canvas.clientHeight * ratio);
-    if (this.slide && !this.moved) this.home();
-    this.redraw();
+    if (!this.slide) return;
+    if (this.moved) this.redraw();
+    else this.home();
   }
 
   // The view: slide px at the middle of the canvas, and canvas px per slide px.
@@ -50,7 +51,9 @@ class SlideCanvas {
     this.redraw();
   }
 
-  moveTo(x, y) {
+  // zoom, as that of the view: canvas px per slide px.
+  moveTo(x, y, zoom = this.zoom) {
+    this.zoom = Math.min(Math.max(zoom, this.fit / 2), 4);
     this.x = Math.min(Math.max(x, 0), this.slide.width_px);
     this.y = Math.min(Math.max(y, 0), this.slide.height_px);
     this.moved = true;
@@ -62,9 +65,7 @@ class SlideCanvas {
     const zoom = Math.min(Math.max(this.zoom * factor, this.fit / 2), 4);
     const [x, y] = this.toSlide(canvasX, canvasY);
     const shift = 1 - this.zoom / zoom;
-    const [toX, toY] = [this.x + (x - this.x) * shift, this.y + (y - this.y) * shift];
-    this.zoom = zoom;
-    this.moveTo(toX, toY);
+    this.moveTo(this.x + (x - this.x) * shift, this.y + (y - this.y) * shift, zoom);
   }
 
   toSlide(canvasX, canvasY) {

@@ -115,7 +115,8 @@ class SlidePyramid:
 
     def _stitch(self, level: int) -> PIL.Image.Image:
         columns, rows = self._level_tiles[level]
-        whole = PIL.Image.new("RGB", self.level_sizes[level])
+        # Tiles at the edges may lack a pixel.
+        whole = PIL.Image.new("RGB", self.level_sizes[level], "white")
         for row in range(rows):
             for column in range(columns):
                 whole.paste(self.tile(level, column, row), (column * TILE_PX, row * TILE_PX))

@@ -98,7 +98,9 @@ class SlideViewer:
             slide.state = "ready"
         except (SlideError, ValueError, OSError, RuntimeError) as error:
             logger.warning("Slide %s is not encoded: %s", slide.pyramid.slide_id, error)
-            slide.state, slide.message = "failed", str(error)
+            # What the error says may name files of this machine, which are nobody's business on a public page.
+            reason = f" ({error.reason})" if isinstance(error, SlideError) else ""
+            slide.state, slide.message = "failed", f"This slide cannot be encoded{reason}; the server's log says why."
 
     def _tiles(self, slide: ShownSlide) -> Any:
         pyramid = slide.pyramid

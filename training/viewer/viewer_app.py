@@ -86,10 +86,10 @@ def _guarded(endpoint: Callable) -> Callable:
             response = await endpoint(request)
         except IndexError:
             response = JSONResponse({"error": "There is no such slide or tile."}, status_code=404)
+        except SlideError as error:  # its message names files of this machine
+            response = JSONResponse({"error": f"{error.slide_id}: {error.reason}"}, status_code=422)
         except ValueError as error:
             response = JSONResponse({"error": str(error)}, status_code=400)
-        except SlideError as error:
-            response = JSONResponse({"error": f"{error.slide_id}: {error.reason}"}, status_code=422)
         response.headers.update(_HEADERS)
         return response
 

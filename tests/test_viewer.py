@@ -335,6 +335,7 @@ def test_a_refused_slide_alone_is_an_error(tmp_path):
         SlidePyramid(tmp_path / "gone.svs", "gone")
 
 
+@pytest.mark.slow
 def test_a_space_is_whole_and_serves_the_page(cohort, tmp_path):
     space = tmp_path / "space"
     options = ["--model", str(cohort.model), "--embeddings", str(cohort.out), "--make-space", str(space)]

@@ -4,6 +4,7 @@
 Letters: N tiles, K codewords, E joint width.
 """
 
+import logging
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from modeling_dre_slcl.text_embeddings import TextEmbeddings
 from ..search_index import EmbeddingIndex
 from ..search_regions import StoredTiles, encode_regions, read_stored_tiles
 
+logger = logging.getLogger(__name__)
 MODES = ("contribution", "similarity")
 MAX_TEXT_LENGTH = 4000
 _REGION_TILES = 4
@@ -139,7 +141,8 @@ class SlideMatches:
             return None
         try:
             return read_stored_tiles(self.index.folder, slide_id, self.model.config)
-        except ValueError:  # embedded without tile features
+        except ValueError as error:
+            logger.info("Slide %s is encoded again: %s", slide_id, error)
             return None
 
     def _encode(self, slide_id: str, path: Path, mpp: float) -> StoredTiles:

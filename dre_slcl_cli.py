@@ -14,6 +14,8 @@ COMMANDS = {
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
     "explain": ("dre_slcl.training.explain_slide", "show which tiles of a slide speak for a text or a class"),
     "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),
+    "search": ("dre_slcl.training.search_slides", "find slides, reports or regions by a text or a slide"),
+    "view": ("dre_slcl.training.viewer.view_slides", "look at slides and at what matches a text, in a browser"),
     "export": ("dre_slcl.training.export_dataset", "write a slide dataset in the layout of another tool"),
     "import-features": ("dre_slcl.training.import_features", "tile features of other tools as a dataset"),
     "publish": ("dre_slcl.hub.publish", "publish a model or a dataset on the Hugging Face Hub"),

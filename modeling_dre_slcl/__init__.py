@@ -12,6 +12,7 @@ from .pipeline_dre_slcl import TASK, SlideFeatureExtractionPipeline
 from .processing_dre_slcl import DreSlclProcessor
 from .residual_encoder import ResidualEncoder
 from .slide_state import SlideState
+from .zero_shot_pipeline import ZERO_SHOT_TASK, ZeroShotSlideClassificationPipeline
 
 AutoConfig.register("dre_slcl", DreSlclConfig, exist_ok=True)
 AutoModel.register(DreSlclConfig, DreSlclModel, exist_ok=True)
@@ -20,6 +21,9 @@ AutoImageProcessor.register(
 )
 AutoProcessor.register(DreSlclConfig, DreSlclProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=SlideFeatureExtractionPipeline, pt_model=AutoModel)
+PIPELINE_REGISTRY.register_pipeline(
+    ZERO_SHOT_TASK, pipeline_class=ZeroShotSlideClassificationPipeline, pt_model=AutoModel
+)
 
 # What `save_pretrained` writes then names this code, so that it loads where the package is not installed.
 DreSlclConfig.register_for_auto_class()
@@ -37,4 +41,5 @@ __all__ = [
     "ResidualEncoder",
     "SlideFeatureExtractionPipeline",
     "SlideState",
+    "ZeroShotSlideClassificationPipeline",
 ]

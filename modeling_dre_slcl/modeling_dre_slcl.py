@@ -279,11 +279,16 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
 
         Arguments as in `PreTrainedModel.save_pretrained`.
         """
-        # Named here so that transformers, which follows relative imports, carries the pipeline along.
+        # Named here so that transformers, which follows relative imports, carries the pipelines along.
         from .pipeline_dre_slcl import TASK, SlideFeatureExtractionPipeline
+        from .zero_shot_pipeline import ZERO_SHOT_TASK, ZeroShotSlideClassificationPipeline
 
-        implementation = f"pipeline_dre_slcl.{SlideFeatureExtractionPipeline.__name__}"
-        self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"]}}
+        implementations = {TASK: f"pipeline_dre_slcl.{SlideFeatureExtractionPipeline.__name__}"}
+        if self.text_encoder is not None:
+            implementations[ZERO_SHOT_TASK] = f"zero_shot_pipeline.{ZeroShotSlideClassificationPipeline.__name__}"
+        self.config.custom_pipelines = {
+            task: {"impl": implementation, "pt": ["AutoModel"]} for task, implementation in implementations.items()
+        }
         super().save_pretrained(save_directory, **kwargs)
 
     def forward(

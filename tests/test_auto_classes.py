@@ -179,10 +179,10 @@ def test_a_model_that_was_never_saved_asks_for_an_image_processor(slide):
 
 
 def test_every_file_of_the_model_folder_is_saved_with_the_model(folder):
-    """But `__init__`, which registers the package, and `atomic_files`, which no model needs."""
+    """But `__init__`, which registers the package."""
     source = Path(modeling_dre_slcl.__file__).parent
     files = {path.name for path in source.glob("*.py")}
-    assert {path.name for path in folder.glob("*.py")} == files - {"__init__.py", "atomic_files.py"}
+    assert {path.name for path in folder.glob("*.py")} == files - {"__init__.py"}
     for path in folder.glob("*.py"):
         assert path.read_bytes() == (source / path.name).read_bytes()
 

@@ -24,6 +24,8 @@ OPTIONS = {
     "train": ["--config", "--dataset", "--output-dir", "--slides-per-batch", "--bank-mode", "--text-model"],
     "embed": ["--model", "--slides", "--out", "--mpp", "--tile-features", "--device"],
     "evaluate": ["--model", "--dataset", "--label-column", "--out"],
+    "search": ["--index", "--model", "--like", "--slide", "--find", "--top-k", "--out"],
+    "view": ["--model", "--embeddings", "--port", "--make-space"],
     "export": ["--dataset", "--format", "--out"],
     "import-features": ["--from", "--out", "--encoder", "--width", "--slides", "--license"],
     "publish": ["--model", "--dataset", "--repo", "--private", "--dry-run"],

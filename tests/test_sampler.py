@@ -64,7 +64,7 @@ def test_processes_together_plan_the_same_batch(num_processes):
 def test_tiles_are_distinct_valid_and_padded_only_when_a_slide_is_small():
     sampler = make_sampler(partition_slides(CASES, 4, seed=0), range(4))
     for slide, num_tiles in enumerate(NUM_TILES):
-        sampled, retrieved = sampler.tiles_at(slide, 5)
+        sampled, _, retrieved = sampler.tiles_at(slide, 5)
         drawn = np.concatenate([sampled, retrieved])
         real = drawn[drawn != PADDING]
         assert len(np.unique(real)) == len(real) == min(24, num_tiles)

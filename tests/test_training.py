@@ -55,7 +55,7 @@ def test_a_run_learns_to_match_slides_and_reports(data, tmp_path):
     assert sum(last) < 0.6 * sum(first)
 
 
-@pytest.mark.parametrize("bank_mode", ["paper", "full", "corrected"])
+@pytest.mark.parametrize("bank_mode", ["paper", "full", "corrected", "two_pass", "exact"])
 def test_every_bank_mode_trains(data, tmp_path, bank_mode):
     run = settings(data, tmp_path, bank_mode=bank_mode, retrieved_per_slide=3, bank_dtype="bfloat16")
     assert train(TrainConfig(**run)) == 0

@@ -41,11 +41,11 @@ from dre_slcl.training.optimizer import build_optimizer, set_learning_rates
 from dre_slcl.training.sampler import StepPlan, StepSampler, partition_slides
 from dre_slcl.training.strata import Strata
 from dre_slcl.training.whole_slides import WholeSlides
-from modeling_dre_slcl import DreSlclConfig, DreSlclImageProcessor, DreSlclModel
+from modeling_dre_slcl import DreSlclConfig, DreSlclModel
 
 _TILE_PX = 32
 _KINDS = 8  # of tissue
-_WIDTH, _CODEWORDS, _REPORT_WIDTH = 64, 16, 32
+_WIDTH, _CODEWORDS, _REPORT_WIDTH = 48, 16, 32
 _SLIDES_PER_BATCH = 8
 _SHARES = {"7": 16, "15": 32}  # per cent of about 215 tiles: tiles sampled
 # Name in the figures: bank mode, and settings that differ from the defaults.
@@ -110,6 +110,14 @@ class Bags:
         return self.pixels[slide][tiles]
 
 
+class PlainProcessor:
+    """Pixels -> pixel values in -1 to 1, without resizing."""
+
+    def tiles_to_pixel_values(self, tiles: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Brings tiles `(..., H, W, 3)`, uint8, to `(..., 3, H, W)`, float32."""
+        return (tiles.float() / 127.5 - 1).movedim(-1, -3)
+
+
 class Run:
     """A model in training, in one mode, from the start that the seed gives.
 
@@ -131,8 +139,8 @@ class Run:
         self.num_tiles = [len(pixels) for pixels in bags.pixels]
         torch.manual_seed(bags.seed)
         encoder = ViTConfig(
-            hidden_size=_WIDTH, num_hidden_layers=3, num_attention_heads=4, intermediate_size=2 * _WIDTH,
-            image_size=_TILE_PX, patch_size=8,
+            hidden_size=_WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * _WIDTH,
+            image_size=_TILE_PX, patch_size=16,
         )  # fmt: skip
         config = DreSlclConfig(
             encoder_config=encoder, hidden_size=_WIDTH, num_codewords=_CODEWORDS, num_hidden_layers=2,
@@ -140,7 +148,7 @@ class Run:
             report_hidden_size=_REPORT_WIDTH, tile_size_px=_TILE_PX, tile_pooling="mean",
         )  # fmt: skip
         self.model = DreSlclModel(config)
-        self.image_processor = DreSlclImageProcessor(size={"height": _TILE_PX, "width": _TILE_PX})
+        self.image_processor = PlainProcessor()
         self.strata = Strata(range(bags.num_slides), self.num_tiles)
         self.bags.sampler = self.sampler = self._sampler(BANK_MODES[mode])
         self._fill()

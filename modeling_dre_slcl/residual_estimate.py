@@ -70,7 +70,8 @@ def estimate_residuals(
         if control_strength and tile_weights is not None:
             factors = control_strength * (tile_weights.to(counts) - 1) * stored_tile_mask
             excess = _excess_movement(values, stored, drift, factors, codebook)
-            stored_residuals = stored_residuals + excess * (stale_counts / stored_counts.clamp(min=1))[..., None]
+            stale_share = stale_counts.sum(dim=1) / stored_counts.sum(dim=1).clamp(min=1)
+            stored_residuals = stored_residuals + stale_share[:, None, None] * excess
     if dropped_codewords is not None:
         kept = ~(dropped_codewords.to(counts.device) & (counts > 0)).unsqueeze(-1)
         stored_residuals, stored_counts = stored_residuals * kept, stored_counts * kept[..., 0]

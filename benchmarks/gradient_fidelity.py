@@ -38,7 +38,7 @@ from dre_slcl.training.codebook import fit_codebook
 from dre_slcl.training.config import TrainConfig
 from dre_slcl.training.gradient_check import GradientCheck, flat
 from dre_slcl.training.optimizer import build_optimizer, set_learning_rates
-from dre_slcl.training.sampler import StepPlan, StepSampler, partition_slides
+from dre_slcl.training.sampler import PADDING, StepPlan, StepSampler, partition_slides
 from dre_slcl.training.strata import Strata
 from dre_slcl.training.whole_slides import WholeSlides
 from modeling_dre_slcl import DreSlclConfig, DreSlclModel
@@ -234,11 +234,14 @@ class Run:
         for batch in range(num_batches):
             exact, found = None, []
             plan = sampler.plan(self.config.num_steps + batch)
-            self.refresh(plan)
+            visit = plan.step // len(sampler.shards[0])
             for draw in range(num_draws):
                 drawn = [sampler.tiles_at(slide, 1_000_000 * (batch + 1) + draw) for slide in plan.slides.tolist()]
                 sampled, weights, retrieved = (np.stack(part) for part in zip(*drawn, strict=True))
-                redrawn = StepPlan(plan.step, plan.slides, sampled, weights, retrieved, plan.refreshed)
+                due = [sampler.refreshed_at(slide, visit) for slide in plan.slides.tolist()]
+                due = [np.where(np.isin(tiles, own), PADDING, tiles) for tiles, own in zip(due, sampled, strict=True)]
+                redrawn = StepPlan(plan.step, plan.slides, sampled, weights, retrieved, np.stack(due))
+                self.refresh(redrawn)
                 tiles, values, texts = self.inputs(redrawn)
                 given = (self.model, tiles, values, check.features(self.model, values), texts, places)
                 residuals, counts, gradient = check.mode_gradient(*given)
@@ -248,8 +251,8 @@ class Run:
                 errors.append(float((residuals - fresh).norm() / fresh.norm()))
                 found.append(flat(gradient))
                 one.append(float(torch.cosine_similarity(found[-1], exact, dim=0)))
+                self.model.memory_bank.load_slide_state(range(self.bags.num_slides), bank)
             mean.append(float(torch.cosine_similarity(torch.stack(found).mean(dim=0), exact, dim=0)))
-            self.model.memory_bank.load_slide_state(range(self.bags.num_slides), bank)
         return {"": np.mean(one), "_mean_of_draws": np.mean(mean), "_residual_error": np.mean(errors)}
 
     @torch.no_grad()

@@ -100,7 +100,7 @@ def test_a_saved_state_gives_the_same_draws():
     strata, _ = one_slide(SIZES)
     restored = Strata([4, 9], [3, 100])
     for slides in ([9], [4]):
-        restored.load_state(slides, strata.state(slides))
+        restored.restore(slides, strata.state(slides))
     for slide in (4, 9):
         for found, expected in zip(
             restored.draw(slide, 8, generator(3)), strata.draw(slide, 8, generator(3)), strict=True

@@ -151,7 +151,7 @@ def test_two_and_four_processes_have_the_losses_of_one(data, tmp_path):
         run = settings(data, tmp_path / name, model_config=model_config, bank_mode="corrected", bank_dtype="float32")
         run |= {"refresh_per_slide": 2, "stale_dropout": 0.2, "gradient_check_steps": 4}
         process = launch(write_config(tmp_path / name, run), num_processes)
-        output = process.communicate(timeout=200)[0]
+        output = process.communicate(timeout=250)[0]
         assert process.returncode == 0, output[-3000:]
     one = losses(tmp_path / "one" / "run")
     for other in ("two", "four"):

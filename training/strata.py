@@ -43,7 +43,7 @@ class Strata:
         """Returns the strata of some slides, for a checkpoint."""
         return {_STATE: torch.cat([self.codeword[self._rows(slide)] for slide in slides])}
 
-    def load_state(self, slides: Sequence[int], state: dict[str, torch.Tensor]) -> None:
+    def restore(self, slides: Sequence[int], state: dict[str, torch.Tensor]) -> None:
         """Puts back what `state` returned for the same slides."""
         codeword, start = self.codeword.clone(), 0
         for slide in slides:

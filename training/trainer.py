@@ -187,7 +187,7 @@ class Trainer:
             tensors = load_tensors(path / bank_file(shard, len(self.data.shards)))
             self.unwrapped.memory_bank.load_slide_state(self._shard_places(shard), tensors)
             if self.data.strata is not None:
-                self.data.strata.load_state(self.data.shards[shard], tensors)
+                self.data.strata.restore(self.data.shards[shard], tensors)
         if self.is_main:
             self.metrics.rewind(state["step"])
             logger.info("Going on from %s.", path)

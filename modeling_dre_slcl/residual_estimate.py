@@ -7,8 +7,9 @@ slide each of them stands for:
     V_k = sum over S of phi_j + sum over others of (psi_j + D_k) + c * sum over S of (w_j - 1) (phi_j - psi_j - D_k)
 
 D_k is the drift, the mean movement of the tiles at codeword k since they were stored (`codeword_drift`), and c, from 0
-to 1, how far the slide's own movement beyond it counts (a control variate; at c = 1 the estimate is unbiased). The
-gradient of each phi_j is multiplied by w_j, so that in expectation it is that of all tiles; the value is not.
+to 1, how far the slide's own movement beyond it counts (a control variate; at c = 1 the estimate is unbiased as long
+as no tile goes over to another codeword). The gradient of each phi_j is multiplied by w_j, so that in expectation it
+is that of all tiles; the value is not.
 
 Letters: B slides, M tiles of each, K codewords, D feature width.
 """
@@ -113,13 +114,12 @@ def codeword_drift(
 def _excess_movement(
     fresh: torch.Tensor, stored: torch.Tensor, drift: torch.Tensor, factors: torch.Tensor, codebook: torch.Tensor
 ) -> torch.Tensor:
-    """Sums `factors * (phi - psi - D)` over the tiles of each slide, each residual at its codeword: `(B, K, D)`."""
-    before = assign_codewords(stored, codebook)
-    expected = stored + drift.to(stored)[before] - codebook[before]
-    now = assign_codewords(fresh, codebook)
+    """Sums `factors * (phi - psi - D)` over the tiles of each slide, at their stored codewords: `(B, K, D)`.
+
+    A tile that went over to another codeword counts by its movement alone: times its weight, all of its residual
+    would drown what is stored at both.
+    """
+    codeword = assign_codewords(stored, codebook)
+    movement = factors[..., None] * (fresh - stored - drift.to(stored)[codeword]).to(factors.dtype)
     excess = torch.zeros(len(fresh), *codebook.shape, dtype=factors.dtype, device=fresh.device)
-    for codeword, residual, sign in ((now, fresh - codebook[now], 1), (before, expected, -1)):
-        # (B, M) -> (B, M, D): where each residual is added
-        place = codeword[..., None].expand_as(residual)
-        excess.scatter_add_(1, place, sign * factors[..., None] * residual.to(factors.dtype))
-    return excess
+    return excess.scatter_add_(1, codeword[..., None].expand_as(movement), movement)

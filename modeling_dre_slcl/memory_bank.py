@@ -15,7 +15,6 @@ Letters: S slides, B slides in a step, M tiles of each, K codewords, D feature w
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .residual_encoder import assign_codewords
@@ -23,38 +22,6 @@ from .residual_encoder import assign_codewords
 _NEVER = -1
 _SLIDE_TABLES = ("feature_sums", "counts")
 _TILE_TABLES = ("features", "written_step", "codeword")
-
-
-@torch.no_grad()
-def codeword_drift(
-    fresh: torch.Tensor, stored: torch.Tensor, is_stored: torch.Tensor, codebook: torch.Tensor
-) -> torch.Tensor:
-    """How far features have moved since they were stored, at each codeword, measured on the tiles encoded now.
-
-    Stored features lag behind the tile encoder. Much of that is common to all tiles near a codeword, so what the
-    fresh tiles show of it corrects the stale ones. Collective: the tiles of all processes count.
-
-    Args:
-        fresh (`torch.Tensor` of shape `(B, M, D)`, float): features of the sampled tiles.
-        stored (`torch.Tensor` of shape `(B, M, D)`, float): what the bank holds of them.
-        is_stored (`torch.Tensor` of shape `(B, M)`, bool): False for padding and for tiles never stored.
-        codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
-
-    Returns:
-        `torch.Tensor` of shape `(K, D)`, float32: mean movement of the tiles at each codeword; where there are none,
-        that of all tiles.
-    """
-    stored = stored.to(fresh.device)
-    # (B, M, D) -> (n, D)
-    moved = (fresh.float() - stored.float())[is_stored]
-    codeword = assign_codewords(stored[is_stored].float(), codebook.float())
-    table = torch.zeros(len(codebook), moved.shape[-1] + 1, dtype=torch.float64, device=moved.device)
-    table.index_add_(0, codeword, torch.cat([moved, torch.ones_like(moved[:, :1])], dim=1).double())
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(table)
-    sums, counts = table[:, :-1], table[:, -1:]
-    overall = sums.sum(dim=0) / counts.sum().clamp(min=1)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), overall).float()
 
 
 class MemoryBank(nn.Module):

@@ -20,9 +20,10 @@ from transformers.utils import ModelOutput
 
 from .configuration_dre_slcl import DreSlclConfig
 from .contrastive_loss import similarity_logits, slide_level_contrastive_loss
-from .memory_bank import MemoryBank, codeword_drift
+from .memory_bank import MemoryBank
 from .report_encoder import pool_report_states
-from .residual_encoder import ResidualEncoder, residual_sums
+from .residual_encoder import ResidualEncoder
+from .residual_estimate import estimate_residuals
 from .slide_interfaces import SlideInterfaces
 from .tile_encoder import build_tile_encoder, encode_tiles, tile_encoder_width
 
@@ -295,10 +296,14 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         tile_mask: torch.Tensor | None = None,
+        tile_weights: torch.Tensor | None = None,
         stored_residuals: torch.Tensor | None = None,
         stored_counts: torch.Tensor | None = None,
+        stale_counts: torch.Tensor | None = None,
+        dropped_codewords: torch.Tensor | None = None,
         stored_tile_features: torch.Tensor | None = None,
         stored_tile_mask: torch.Tensor | None = None,
+        control_strength: float = 0.0,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         report_embeds: torch.Tensor | None = None,
@@ -312,12 +317,9 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, M, C, H, W)`, float): normalised pixels of each slide's tiles.
             tile_mask (`torch.Tensor` of shape `(B, M)`, bool, *optional*): False for padding.
-            stored_residuals (`torch.Tensor` of shape `(B, K, D)`, *optional*): residual sums over other tiles of the
-                slides, from the memory bank; they carry no gradient.
-            stored_counts (`torch.Tensor` of shape `(B, K)`, *optional*): the number of those tiles per codeword.
-            stored_tile_features (`torch.Tensor` of shape `(B, M, D)`, *optional*): what the bank holds of the given
-                tiles; how far they have moved since corrects `stored_residuals` (see `codeword_drift`).
-            stored_tile_mask (`torch.Tensor` of shape `(B, M)`, bool, *optional*): False where it holds nothing.
+            tile_weights, stored_residuals, stored_counts, stale_counts, dropped_codewords, stored_tile_features,
+                stored_tile_mask, control_strength: what stands for the slides' other tiles, as in
+                `residual_estimate.estimate_residuals`.
             input_ids (`torch.Tensor` of shape `(B, T)`, *optional*): the reports' token ids.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens.
             report_embeds (`torch.Tensor` of shape `(B, R)`, *optional*): the reports' encodings, instead of
@@ -331,13 +333,19 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
             `DreSlclOutput`.
         """
         tile_features = self._encode_tiles(pixel_values)
-        residuals, counts = residual_sums(tile_features, self.codebook, tile_mask)
-        if stored_residuals is not None:
-            stored_counts, stored_residuals = stored_counts.to(counts), stored_residuals.to(residuals)
-            if stored_tile_features is not None:
-                drift = codeword_drift(tile_features.detach(), stored_tile_features, stored_tile_mask, self.codebook)
-                stored_residuals = stored_residuals + stored_counts[..., None] * drift
-            residuals, counts = residuals + stored_residuals, counts + stored_counts
+        residuals, counts = estimate_residuals(
+            tile_features,
+            self.codebook,
+            tile_mask,
+            tile_weights=tile_weights,
+            stored_residuals=stored_residuals,
+            stored_counts=stored_counts,
+            stale_counts=stale_counts,
+            dropped_codewords=dropped_codewords,
+            stored_tile_features=stored_tile_features,
+            stored_tile_mask=stored_tile_mask,
+            control_strength=control_strength,
+        )
         outputs = self.encode_residuals(residuals, counts, self._wants(output_attentions))
         outputs.tile_features = tile_features
         if input_ids is not None and report_embeds is None:

@@ -4,8 +4,8 @@
 import torch
 
 from modeling_dre_slcl import MemoryBank
-from modeling_dre_slcl.memory_bank import codeword_drift
 from modeling_dre_slcl.residual_encoder import residual_sums
+from modeling_dre_slcl.residual_estimate import codeword_drift
 
 from .tiny_models import IMAGE_SIZE, tiny_model
 
@@ -76,7 +76,9 @@ def test_the_model_corrects_by_exactly_this():
     stored_residuals, stored_counts = torch.randn(2, len(codebook), width), torch.randint(1, 9, (2, len(codebook)))
     stored, is_stored = torch.randn(2, 5, width), torch.rand(2, 5) < 0.7
     with torch.no_grad():
-        outputs = model(pixels, None, stored_residuals, stored_counts, stored, is_stored)
+        stored_arguments = {"stored_residuals": stored_residuals, "stored_counts": stored_counts}
+        stored_arguments |= {"stored_tile_features": stored, "stored_tile_mask": is_stored}
+        outputs = model(pixels, **stored_arguments)
         drift = codeword_drift(outputs.tile_features, stored, is_stored, codebook)
         expected = residual_sums(outputs.tile_features, codebook)[0] + stored_residuals
         expected = expected + stored_counts[..., None] * drift

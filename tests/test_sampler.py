@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampler is a pure function of (seed, step), partitions by case, and does not know how many processes run."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_processes_together_plan_the_same_batch(num_processes):
 def test_tiles_are_distinct_valid_and_padded_only_when_a_slide_is_small():
     sampler = make_sampler(partition_slides(CASES, 4, seed=0), range(4))
     for slide, num_tiles in enumerate(NUM_TILES):
-        sampled, retrieved = sampler.tiles_at(slide, 5)
+        sampled, _, retrieved = sampler.tiles_at(slide, 5)
         drawn = np.concatenate([sampled, retrieved])
         real = drawn[drawn != PADDING]
         assert len(np.unique(real)) == len(real) == min(24, num_tiles)
@@ -81,6 +82,47 @@ def test_tiles_are_drawn_uniformly():
     chi_square = sum((counts[tile] - expected) ** 2 / expected for tile in range(NUM_TILES[slide]))
     # 42 degrees of freedom: the 99.99% quantile is about 88.
     assert chi_square < 88
+
+
+def test_a_draw_costs_as_much_from_a_million_tiles_as_from_a_thousand():
+    peaks = []
+    for num_tiles in (1_000, 1_000_000):
+        sampler = StepSampler([[0]], [0], ["slide"], [num_tiles], tiles_per_slide=16, retrieved_per_slide=64, seed=0)
+        tracemalloc.start()
+        sampler.tiles_at(0, 0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # A shuffle of a million tiles would take 8 MB.
+    assert peaks[1] < peaks[0] + 10_000
+
+
+@pytest.mark.parametrize(("num_tiles", "refreshed"), [(1, 3), (2, 1), (43, 8), (64, 16), (100, 7)])
+def test_refreshes_go_round_the_slide(num_tiles, refreshed):
+    options = {"tiles_per_slide": 1, "retrieved_per_slide": 0, "refreshed_per_slide": refreshed, "seed": 0}
+    sampler = StepSampler([[0]], [0], ["slide"], [num_tiles], **options)
+    last, visits = {}, 6 * num_tiles
+    for visit in range(visits):
+        due = [tile for tile in sampler.refreshed_at(0, visit).tolist() if tile != PADDING]
+        assert len(set(due)) == len(due) == min(refreshed, num_tiles)
+        # Those never refreshed, or refreshed the longest ago, are due.
+        ages = {tile: visit - last.get(tile, -1) for tile in range(num_tiles)}
+        others = set(range(num_tiles)) - set(due)
+        assert min(ages[tile] for tile in due) >= max((ages[tile] for tile in others), default=0)
+        last |= dict.fromkeys(due, visit)
+    assert set(last) == set(range(num_tiles))
+
+
+def test_sampled_tiles_are_not_refreshed_again_and_weights_count_all_tiles():
+    sampler = make_sampler(partition_slides(CASES, 4, seed=0), range(4))
+    sampler.refreshed_per_slide = 6
+    for step in range(20):
+        plan = sampler.plan(step)
+        for slide, sampled, weights, refreshed in zip(
+            plan.slides, plan.sampled, plan.weights, plan.refreshed, strict=True
+        ):
+            assert not set(refreshed[refreshed != PADDING]) & set(sampled)
+            assert weights.sum() == pytest.approx(NUM_TILES[slide])
+            assert (weights[sampled == PADDING] == 0).all()
 
 
 def test_a_different_key_gives_a_different_stream():

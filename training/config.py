@@ -52,10 +52,23 @@ class TrainConfig:
     slides_per_batch: int = _setting(8, "slides in a step, over all processes (B)")
     tiles_per_slide: int = _setting(16, "tiles of a slide that a step encodes with gradient (s)")
     retrieved_per_slide: int = _setting(64, "tiles of a slide that a step retrieves from the bank in mode 'paper' (r)")
-    bank_mode: Literal["paper", "full", "corrected"] = _setting(
+    bank_mode: Literal["paper", "full", "corrected", "two_pass", "exact"] = _setting(
         "full",
         "'paper': s sampled and r retrieved tiles; 'full': all tiles of the slide, by running sums; 'corrected': "
-        "full, with stored features moved along by the drift that the sampled tiles show",
+        "full, with stored features moved along by the drift that the sampled tiles show; 'two_pass': all tiles "
+        "encoded in every step, s with gradient; 'exact': all tiles with gradient, in constant memory",
+    )
+    control_strength: float = _setting(
+        0.25, "in mode 'corrected', how far a slide's own movement counts beyond the common drift (0 to 1)"
+    )
+    refresh_per_slide: int = _setting(
+        0, "further tiles of each slide, the longest not refreshed, that a step encodes without gradient"
+    )
+    stale_dropout: float = _setting(
+        0.0, "probability that a step leaves out what is stored at a codeword of a slide, where it has fresh tiles"
+    )
+    gradient_check_steps: int = _setting(
+        0, "steps between comparisons of one slide's encoder gradient with the exact one; 0: never"
     )
     bank_dtype: Literal["float16", "bfloat16", "float32"] = _setting("float16", "type of stored features")
     bank_device: Literal["model", "cpu"] = _setting(
@@ -111,10 +124,16 @@ class TrainConfig:
             raise ValueError("`dataset` and `output_dir` must be given.")
         at_least = {"slides_per_batch": 2, "tiles_per_slide": 1, "num_steps": 1, "checkpoint_steps": 1, "log_steps": 1}
         at_least |= {"keep_checkpoints": 1, "encode_batch_size": 1, "retrieved_per_slide": 0, "finalize_steps": 0}
+        at_least |= {"refresh_per_slide": 0, "gradient_check_steps": 0}
         at_least |= {"num_workers": 0, "warmup_steps": 0, "augment_stain": 0, "weight_decay": 0, "codebook_sample": 1}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.gradient_check_steps and not self.train_tile_encoder:
+            raise ValueError("`gradient_check_steps` needs a tile encoder that is trained (`train_tile_encoder`).")
+        for name in ("control_strength", "stale_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "head_learning_rate", "max_gradient_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")

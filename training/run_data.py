@@ -6,8 +6,10 @@ import logging
 import numpy as np
 import torch
 
+from .bank_modes import BANK_MODES
 from .config import TrainConfig
 from .sampler import StepPlan, StepSampler, partition_slides, shards_of_process
+from .strata import Strata
 from .tile_source import TileSource, describe_missing
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ class RunData:
         shards (`list` of `list` of `int`): the slides of each virtual shard.
         owned_shards (`list` of `int`): this process's shards.
         owned (`list` of `int`): their slides, in the order of this process's memory bank.
+        strata (`Strata`, *optional*): of the owned slides, in modes that sample by codeword.
         sampler (`StepSampler`): plans this process's steps.
         report_embeds (`torch.Tensor` of shape `(slides of the source, R)`): set by `set_report_embeds`.
 
@@ -48,13 +51,17 @@ class RunData:
         self.owned_shards = shards_of_process(config.slides_per_batch, process_index, num_processes)
         self.owned = [slide for shard in self.owned_shards for slide in self.shards[shard]]
         self._place_in_bank = {slide: place for place, slide in enumerate(self.owned)}
+        mode = BANK_MODES[config.bank_mode]
+        self.strata = Strata(self.owned, self.num_tiles_owned()) if mode.stratified else None
         self.sampler = StepSampler(
             self.shards,
             self.owned_shards,
             [row.slide_id for row in rows],
             [row.num_tiles for row in rows],
             tiles_per_slide=config.tiles_per_slide,
-            retrieved_per_slide=config.retrieved_per_slide if config.bank_mode == "paper" else 0,
+            retrieved_per_slide=config.retrieved_per_slide if mode.retrieves else 0,
+            refreshed_per_slide=config.refresh_per_slide,
+            strata=self.strata,
             seed=config.seed,
         )
         # Slides with the same report are positives together; those of one case never meet in a batch.

@@ -5,17 +5,21 @@ Slides are partitioned into as many virtual shards as a global batch has slides;
 shard. All slides of a case are in one shard, so a batch never holds two of them. A process owns whole shards, so no
 bank row ever crosses processes, and another number of processes only means another owner.
 
-Letters: B slides in the global batch, M sampled and R retrieved tiles of each.
+Letters: B slides in the global batch, M sampled, R retrieved and F refreshed tiles of each, N tiles of a slide.
 """
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from .strata import Strata
+
 PADDING = -1
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def generator(*key: int | str) -> np.random.Generator:
@@ -63,13 +67,18 @@ class StepPlan:
         step (`int`): the step.
         slides (`np.ndarray` of shape `(b,)`, int64): its slides, one from each shard that it owns.
         sampled (`np.ndarray` of shape `(b, M)`, int64): tiles to encode with gradient; -1 is padding.
+        weights (`np.ndarray` of shape `(b, M)`, float64): how many tiles of its slide each sampled one stands for:
+            the inverse of the probability that it was sampled; 0 at padding.
         retrieved (`np.ndarray` of shape `(b, R)`, int64): other tiles to retrieve from the bank; -1 is padding.
+        refreshed (`np.ndarray` of shape `(b, F)`, int64): other tiles to encode into the bank; -1 is padding.
     """
 
     step: int
     slides: np.ndarray
     sampled: np.ndarray
+    weights: np.ndarray
     retrieved: np.ndarray
+    refreshed: np.ndarray
 
 
 class StepSampler:
@@ -82,6 +91,8 @@ class StepSampler:
         num_tiles (sequence of `int`): their numbers of tiles.
         tiles_per_slide (`int`): M.
         retrieved_per_slide (`int`): R.
+        refreshed_per_slide (`int`, defaults to 0): F.
+        strata (`Strata`, *optional*): of the slides in `owned_shards`; without, tiles are sampled uniformly.
         seed (`int`): the run's seed.
     """
 
@@ -94,11 +105,14 @@ class StepSampler:
         *,
         tiles_per_slide: int,
         retrieved_per_slide: int,
+        refreshed_per_slide: int = 0,
+        strata: Strata | None = None,
         seed: int,
     ) -> None:
         self.shards, self.owned_shards, self.seed = shards, list(owned_shards), seed
         self.slide_ids, self.num_tiles = list(slide_ids), list(num_tiles)
         self.tiles_per_slide, self.retrieved_per_slide = tiles_per_slide, retrieved_per_slide
+        self.refreshed_per_slide, self.strata = refreshed_per_slide, strata
 
     def slide_at(self, shard: int, step: int) -> int:
         """The slide that a shard gives to a step: each pass over the shard is a new permutation of it."""
@@ -106,21 +120,58 @@ class StepSampler:
         cycle, place = divmod(step, len(slides))
         return slides[generator(self.seed, "slides", shard, cycle).permutation(len(slides))[place]]
 
-    def tiles_at(self, slide: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tiles of a slide that a step samples `(M,)` and retrieves `(R,)`: disjoint, without repetition."""
-        wanted = self.tiles_per_slide + self.retrieved_per_slide
-        drawn = generator(self.seed, "tiles", step, self.slide_ids[slide]).choice(
-            self.num_tiles[slide], size=min(wanted, self.num_tiles[slide]), replace=False
+    def tiles_at(self, slide: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draws the tiles of a slide for a step, without repetition, in O(M + R) whatever N is.
+
+        Returns:
+            `tuple`: sampled tiles `(M,)`, their weights `(M,)` and retrieved tiles `(R,)`, as in `StepPlan`.
+        """
+        num_tiles = self.num_tiles[slide]
+        random = generator(self.seed, "tiles", step, self.slide_ids[slide])
+        if self.strata is not None:
+            sampled, weights = self.strata.draw(slide, self.tiles_per_slide, random)
+            retrieved = np.empty(0, dtype=np.int64)
+        else:
+            wanted = min(self.tiles_per_slide + self.retrieved_per_slide, num_tiles)
+            # Of few among many, NumPy draws with a set of those drawn so far (Floyd), not by shuffling all.
+            drawn = random.choice(num_tiles, size=wanted, replace=False)
+            sampled, retrieved = drawn[: self.tiles_per_slide], drawn[self.tiles_per_slide :]
+            weights = np.full(len(sampled), num_tiles / max(len(sampled), 1))
+        return (
+            _padded(sampled, self.tiles_per_slide, PADDING),
+            _padded(weights, self.tiles_per_slide, 0.0),
+            _padded(retrieved, self.retrieved_per_slide, PADDING),
         )
-        padded = np.full(wanted, PADDING, dtype=np.int64)
-        padded[: len(drawn)] = drawn
-        return padded[: self.tiles_per_slide], padded[self.tiles_per_slide :]
+
+    def refreshed_at(self, slide: int, visit: int) -> np.ndarray:
+        """The tiles `(F,)` of a slide whose last refresh is the longest ago, at the slide's visit number `visit`.
+
+        Each visit goes on where the one before stopped, round and round, so the oldest are known without asking the
+        bank. Neighbours in this round lie far apart on the slide: its steps are the golden share of N, prime to N.
+        """
+        num_tiles, count = self.num_tiles[slide], min(self.refreshed_per_slide, self.num_tiles[slide])
+        stride = max(1, round(num_tiles * _GOLDEN_RATIO))
+        while math.gcd(stride, num_tiles) != 1:
+            stride += 1
+        turns = (visit * count + np.arange(count, dtype=np.int64)) % max(num_tiles, 1)
+        return _padded(turns * stride % max(num_tiles, 1), self.refreshed_per_slide, PADDING)
 
     def plan(self, step: int) -> StepPlan:
         """Plans this process's part of a step."""
         slides = [self.slide_at(shard, step) for shard in self.owned_shards]
-        sampled, retrieved = zip(*(self.tiles_at(slide, step) for slide in slides), strict=True)
-        return StepPlan(step, np.asarray(slides), np.stack(sampled), np.stack(retrieved))
+        sampled, weights, retrieved = zip(*(self.tiles_at(slide, step) for slide in slides), strict=True)
+        visits = [step // len(self.shards[shard]) for shard in self.owned_shards]
+        refreshed = [self.refreshed_at(slide, visit) for slide, visit in zip(slides, visits, strict=True)]
+        # What is sampled is fresh anyway.
+        refreshed = [np.where(np.isin(due, own), PADDING, due) for due, own in zip(refreshed, sampled, strict=True)]
+        return StepPlan(
+            step, np.asarray(slides), *(np.stack(part) for part in (sampled, weights, retrieved, refreshed))
+        )
+
+
+def _padded(values: np.ndarray, length: int, padding: float) -> np.ndarray:
+    """Fills up `values` `(n,)` to `length`."""
+    return np.concatenate([values, np.full(length - len(values), padding, dtype=values.dtype)])
 
 
 def shards_of_process(num_shards: int, process: int, num_processes: int) -> list[int]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps -> pixels: a map-style dataset whose index is the training step, so that resuming is starting at a step.
 
-Letters: b slides of this process, M sampled tiles of each, H = W = `tile_size_px`.
+Letters: b slides of this process, M sampled and F refreshed tiles of each, H = W = `tile_size_px`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,10 +21,17 @@ _TURNS = (None, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CL
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A step's plan and its sampled tiles `tiles` (`torch.Tensor` of shape `(b, M, H, W, 3)`, uint8; padding is 0)."""
+    """A step's plan and the pixels that it needs.
+
+    Args:
+        plan (`StepPlan`): the plan.
+        tiles (`torch.Tensor` of shape `(b, M, H, W, 3)`, uint8): the sampled tiles; padding is 0.
+        refreshed_tiles (`torch.Tensor` of shape `(b, F, H, W, 3)`, uint8): the refreshed tiles; padding is 0.
+    """
 
     plan: StepPlan
     tiles: torch.Tensor
+    refreshed_tiles: torch.Tensor
 
 
 class StepDataset(Dataset):
@@ -44,14 +51,26 @@ class StepDataset(Dataset):
     def __getitem__(self, step: int) -> StepBatch:
         """Reads one step."""
         plan = self.sampler.plan(step)
+        tiles, refreshed = (
+            self._read_slides(plan, wanted, purpose)
+            for wanted, purpose in ((plan.sampled, "augment"), (plan.refreshed, "augment refreshed"))
+        )
+        return StepBatch(plan, tiles, refreshed)
+
+    def read(self, slide: int, tiles: np.ndarray, *key: int | str) -> np.ndarray:
+        """Reads tiles `(n,)` of a slide, augmented at random by `key`: `np.ndarray` of shape `(n, H, W, 3)`, uint8."""
+        pixels = self.source.read(slide, tiles)
+        random = generator(self.sampler.seed, *key, self.sampler.slide_ids[slide])
+        return np.stack([self._augment(tile, random) for tile in pixels]) if len(pixels) else pixels
+
+    def _read_slides(self, plan: StepPlan, wanted: np.ndarray, purpose: str) -> torch.Tensor:
+        """Reads tiles `wanted` `(b, n)`, -1 for padding, of the slides of a plan: `(b, n, H, W, 3)`."""
         size = self.source.tile_size_px
-        tiles = np.zeros((*plan.sampled.shape, size, size, 3), dtype=np.uint8)
-        for place, (slide, sampled) in enumerate(zip(plan.slides.tolist(), plan.sampled, strict=True)):
-            indices = sampled[sampled != PADDING]
-            random = generator(self.sampler.seed, "augment", step, self.sampler.slide_ids[slide])
-            for row, pixels in enumerate(self.source.read(slide, indices)):
-                tiles[place, row] = self._augment(pixels, random)
-        return StepBatch(plan, torch.from_numpy(tiles))
+        pixels = np.zeros((*wanted.shape, size, size, 3), dtype=np.uint8)
+        for place, (slide, tiles) in enumerate(zip(plan.slides.tolist(), wanted, strict=True)):
+            is_real = tiles != PADDING
+            pixels[place, is_real] = self.read(slide, tiles[is_real], purpose, plan.step)
+        return torch.from_numpy(pixels)
 
     def _augment(self, tile: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Augments a tile `(H, W, 3)`, uint8."""

@@ -7,6 +7,8 @@ Letters: b slides of this process in a step, M sampled tiles of each, K codeword
 import logging
 import signal
 import time
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +19,9 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from modeling_dre_slcl.atomic_files import atomic_folder, read_json, remove_temporary
-from modeling_dre_slcl.residual_encoder import residual_sums
 
 from .bank_filling import BankFiller
+from .bank_modes import BANK_MODES, Arguments, PlannedTiles, add_gradient, drop_stale
 from .build_model import build_model
 from .checkpoint import (
     CheckpointError,
@@ -30,6 +32,7 @@ from .checkpoint import (
     restore_optimizer,
 )
 from .config import TrainConfig
+from .gradient_check import GradientCheck
 from .metrics_log import MetricsLog
 from .optimizer import build_optimizer, set_learning_rates
 from .reports import encode_reports
@@ -37,6 +40,7 @@ from .run_data import RunData
 from .sampler import PADDING, StepPlan
 from .step_dataset import StepBatch, StepDataset, step_loader
 from .tile_source import check_geometry
+from .whole_slides import WholeSlides
 
 logger = logging.getLogger(__name__)
 # A resumed run may differ in these; with any other difference it would not be the same run.
@@ -141,6 +145,25 @@ class Trainer:
             num_workers=config.num_workers,
             seed=config.seed,
         )
+        self._set_up_bank_mode()
+
+    def _set_up_bank_mode(self) -> None:
+        config = self.config
+        self.dataset = StepDataset(
+            self.data.source,
+            self.data.sampler,
+            augment_flips=config.augment_flips,
+            augment_stain=config.augment_stain,
+        )
+        whole_slides = WholeSlides(
+            self.dataset,
+            self.parts.image_processor,
+            self.accelerator,
+            batch_size=config.encode_batch_size,
+            num_workers=config.num_workers,
+        )
+        self.mode = BANK_MODES[config.bank_mode](config, whole_slides)
+        self.gradient_check = GradientCheck(self.mode, whole_slides)
 
     def _resume(self) -> int:
         """Restores the newest valid checkpoint, or makes the first; returns the number of completed steps."""
@@ -148,6 +171,7 @@ class Trainer:
         if path is None:
             self.filler.fill(self.unwrapped, 0, self.config.first_pass_tiles_per_slide)
             self.filler.fit(self.unwrapped, self.config.codebook_sample)
+            self._follow_codebook()
             if self.is_main:
                 self.metrics.rewind(-1)
             self._save(0)
@@ -162,6 +186,8 @@ class Trainer:
         for shard in self.data.owned_shards:
             tensors = load_tensors(path / bank_file(shard, len(self.data.shards)))
             self.unwrapped.memory_bank.load_slide_state(self._shard_places(shard), tensors)
+            if self.data.strata is not None:
+                self.data.strata.restore(self.data.shards[shard], tensors)
         if self.is_main:
             self.metrics.rewind(state["step"])
             logger.info("Going on from %s.", path)
@@ -179,18 +205,13 @@ class Trainer:
     def _train(self, first: int) -> int:
         """Steps with gradient through the tile encoder; returns the number of completed steps."""
         config = self.config
-        flips, stain = config.augment_flips, config.augment_stain
-        dataset = StepDataset(self.data.source, self.data.sampler, augment_flips=flips, augment_stain=stain)
         steps = range(first, config.num_steps)
-        loader = step_loader(dataset, steps, num_workers=config.num_workers, seed=config.seed)
+        loader = self._batches(first)
         self.model.train()
         started = time.monotonic()
         for batch in tqdm(loader, total=len(steps), desc="training", unit="step", disable=not self.is_main):
             waited = time.monotonic() - started
             step = batch.plan.step
-            if step in config.codebook_refits:
-                tiles_per_slide = config.first_pass_tiles_per_slide
-                self.filler.refit(self.unwrapped, step, tiles_per_slide, config.codebook_sample)
             row = self._step(batch)
             row |= {"seconds": time.monotonic() - started, "data_seconds": waited}
             started = time.monotonic()
@@ -198,36 +219,65 @@ class Trainer:
                 return step + 1
         return config.num_steps
 
+    def _batches(self, first: int) -> Iterator[StepBatch]:
+        """Loads steps up to `num_steps`. Refits come in between, and plans after one follow its codewords."""
+        config = self.config
+        refits = sorted(step for step in set(config.codebook_refits) if first <= step < config.num_steps)
+        for start, end in pairwise(sorted({first, *refits, config.num_steps})):
+            if start in refits:
+                tiles_per_slide = config.first_pass_tiles_per_slide
+                self.filler.refit(self.unwrapped, start, tiles_per_slide, config.codebook_sample)
+                self._follow_codebook()
+            steps = range(start, end)
+            yield from step_loader(self.dataset, steps, num_workers=config.num_workers, seed=config.seed)
+
     def _step(self, batch: StepBatch) -> dict[str, float]:
-        """One step: `plan -> forward -> backward -> optimizer -> bank`."""
-        plan, model = batch.plan, self.unwrapped
+        """One step: `plan -> refresh -> forward -> backward -> optimizer -> bank`."""
+        config, plan, model = self.config, batch.plan, self.unwrapped
         learning_rate = self._start_step(plan.step)
-        slides, sampled = self.data.bank_places(plan.slides), torch.from_numpy(plan.sampled)
-        stored = self._stored(plan, slides, sampled)
-        outputs = self.model(
-            pixel_values=self.parts.image_processor.tiles_to_pixel_values(batch.tiles, self.device),
-            tile_mask=(sampled != PADDING).to(self.device),
-            **{name: tensor.to(self.device) for name, tensor in stored.items()},
-            **self.data.texts(plan, self.device),
-        )
+        tiles = PlannedTiles(plan, self.data.bank_places(plan.slides))
+        self._refresh(batch, tiles)
+        pixel_values = self.parts.image_processor.tiles_to_pixel_values(batch.tiles, self.device)
+        texts = self.data.texts(plan, self.device)
+        row = {}
+        if config.gradient_check_steps and (plan.step + 1) % config.gradient_check_steps == 0:
+            shard = plan.step // config.gradient_check_steps % len(self.data.shards)
+            row["gradient_cosine"] = self.gradient_check.cosine(model, tiles, pixel_values, texts, shard)
+        arguments = self._stored(tiles)
+        tile_mask = (tiles.sampled != PADDING).to(self.device)
+        outputs = self.model(pixel_values=pixel_values, tile_mask=tile_mask, **arguments, **texts)
         self._check_finite(outputs.loss, plan)
         self.accelerator.backward(outputs.loss)
+        gradient = self.mode.other_gradient(model, tiles, arguments)
+        if gradient is not None:
+            # Outside of the wrapper's backward pass, which averages the rest.
+            add_gradient(model, [self.accelerator.reduce(part, "mean") for part in gradient])
         norm = self._descend()
-        model.memory_bank.write(slides, sampled, outputs.tile_features, model.codebook, plan.step + 1)
-        return {"loss": outputs.loss.item(), "learning_rate": learning_rate, "gradient_norm": norm}
+        model.memory_bank.write(tiles.slides, tiles.sampled, outputs.tile_features, model.codebook, plan.step + 1)
+        return {"loss": outputs.loss.item(), "learning_rate": learning_rate, "gradient_norm": norm, **row}
 
-    def _stored(self, plan: StepPlan, slides: torch.Tensor, sampled: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the bank adds to the sampled tiles, by `bank_mode`: arguments of the model's `forward`."""
-        bank, codebook = self.unwrapped.memory_bank, self.unwrapped.codebook
-        if self.config.bank_mode == "paper":
-            features, is_stored = bank.read(slides, torch.from_numpy(plan.retrieved))
-            residuals, counts = residual_sums(features, codebook.to(features.device), is_stored)
-        else:
-            residuals, counts = bank.residuals_of_others(slides, sampled, codebook)
-        stored = {"stored_residuals": residuals, "stored_counts": counts}
-        if self.config.bank_mode == "corrected":
-            stored["stored_tile_features"], stored["stored_tile_mask"] = bank.read(slides, sampled)
-        return stored
+    def _stored(self, tiles: PlannedTiles) -> Arguments:
+        """What stands for the tiles that are not sampled, by `bank_mode`: arguments of the model's `forward`."""
+        arguments = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in self.mode.arguments(self.unwrapped, tiles).items()
+        }
+        if self.config.stale_dropout > 0:
+            arguments = drop_stale(arguments, tiles.plan, self.data.sampler, self.config.stale_dropout)
+        return arguments
+
+    @torch.no_grad()
+    def _refresh(self, batch: StepBatch, tiles: PlannedTiles) -> None:
+        """Encodes the tiles whose refresh is due into the bank."""
+        due = torch.from_numpy(batch.plan.refreshed)
+        if not due.shape[1]:
+            return
+        model = self.unwrapped
+        for slide, wanted, pixels in zip(tiles.slides, due, batch.refreshed_tiles, strict=True):
+            values = self.parts.image_processor.tiles_to_pixel_values(pixels, self.device)
+            with self.accelerator.autocast():
+                features = model.get_tile_features(values).float()
+            model.memory_bank.write(slide[None], wanted[None], features[None], model.codebook, batch.plan.step + 1)
 
     def _finalize(self, first: int) -> None:
         """Steps on the head alone, over all tiles of each slide as the final tile encoder sees them."""
@@ -278,7 +328,7 @@ class Trainer:
         stop = torch.tensor(float(self.received_signal or 0), device=self.device)
         # A signal may reach one process only; all must stop after the same step.
         stop = int(self.accelerator.gather(stop).max())
-        if completed % self.config.log_steps == 0 or completed == self._last_step:
+        if completed % self.config.log_steps == 0 or completed == self._last_step or "gradient_cosine" in row:
             self._log(completed, row)
         if completed % self.config.checkpoint_steps == 0 or completed == self._last_step or stop:
             self._save(completed)
@@ -297,6 +347,14 @@ class Trainer:
     def _shard_places(self, shard: int) -> list[int]:
         return self.data.bank_places(self.data.shards[shard]).tolist()
 
+    def _strata_state(self, shard: int) -> dict[str, torch.Tensor]:
+        return {} if self.data.strata is None else self.data.strata.state(self.data.shards[shard])
+
+    def _follow_codebook(self) -> None:
+        """Samples by the codewords that the tiles have now, from the next plan on."""
+        if self.data.strata is not None:
+            self.data.strata.assign(self.unwrapped.memory_bank.codeword)
+
     def _save(self, completed: int) -> None:
         """Writes a checkpoint. Collective."""
         bank, shards = self.unwrapped.memory_bank, self.data.shards
@@ -309,7 +367,7 @@ class Trainer:
             model_state=weights,
             optimizer_state=optimizer_tensors(self.optimizer, self.parameter_names) if self.is_main else {},
             bank_shards={
-                bank_file(shard, len(shards)): bank.slide_state(self._shard_places(shard))
+                bank_file(shard, len(shards)): bank.slide_state(self._shard_places(shard)) | self._strata_state(shard)
                 for shard in self.data.owned_shards
             },
             trainer_state={"step": completed, "config": self.config.to_dict()},

@@ -15,7 +15,7 @@ from modeling_dre_slcl import DreSlclForSlideClassification, DreSlclModel
 
 from . import tiny_dataset
 
-KINDS = ["solid", "tubular", "solid", "tubular", "", "tubular"]  # of the six cases
+KINDS = ["solid", "tubular", "solid", "solid", "", "tubular"]  # of the six cases; the solid ones are reddish
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ LABELS = {"objective": "labels", "label_columns": ["kind"], "text_model": None}
 
 
 def test_labels_alone_are_learned_without_a_text_model(data, tmp_path):
-    run = settings(data, tmp_path, **LABELS, num_steps=80, finalize_steps=0, checkpoint_steps=80)
-    run |= {"learning_rate": 3e-3, "head_learning_rate": 1e-2, "augment_stain": 0.0, "class_weights": {"solid": 1.25}}
+    run = settings(data, tmp_path, **LABELS, num_steps=60, finalize_steps=0, checkpoint_steps=60)
+    run |= {"learning_rate": 3e-3, "head_learning_rate": 3e-3, "augment_stain": 0.0, "class_weights": {"solid": 1.25}}
     trainer = Trainer(TrainConfig(**run))
     assert len(trainer.data.slides) == 10  # with a kind, reports or not
     before = trainer.unwrapped.slide_projection.weight.clone()

@@ -147,6 +147,8 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"`layer_decay` must lie above 0 and not above 1, got {self.layer_decay}.")
+        if self.lora_export == "adapter" and (self.lora is None or self.tile_encoder is None):
+            raise ValueError("`lora_export: adapter` needs `lora` and a pretrained `tile_encoder` to refer to.")
         if self.lora is not None and not self.train_tile_encoder:
             raise ValueError("`lora` trains the tile encoder, `train_tile_encoder: false` freezes it; drop one.")
         positive = ("learning_rate", "head_learning_rate", "max_gradient_norm", "contrastive_weight", "label_weight")

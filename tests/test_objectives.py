@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTModel
 
+from dre_slcl.hub.check_export import check_export
+from dre_slcl.hub.gather import gather_model
 from dre_slcl.training.config import TrainConfig
 from dre_slcl.training.lora import load_adapted_model
 from dre_slcl.training.metrics_log import read_metrics
@@ -132,6 +134,16 @@ def test_a_trained_slide_encoder_is_tuned_on_labels(data, tmp_path):
     assert torch.equal(kept.classifier.weight, trainer.unwrapped.classifier.weight)
 
 
+def check_publishing(folder, gathered, base):
+    """The adapters go out with a card that says how to load them, once they refer to a repository."""
+    gather_model(folder, gathered, repo_id="namespace/name")
+    assert [finding.file for finding in check_export(gathered)] == ["adapter_config.json"]
+    config = gathered / "adapter_config.json"
+    config.write_text(config.read_text().replace(base, "namespace/tile-encoder"))
+    assert check_export(gathered) == []
+    assert "load_adapted_model(snapshot_download" in (gathered / "README.md").read_text()
+
+
 @pytest.mark.parametrize("export", ["merged", "adapter"])
 def test_adapters_train_resume_and_are_published(data, tmp_path, export):
     base = {"tile_encoder": str(data / "vit"), "tile_encoder_config": None, "lora_export": export}
@@ -162,6 +174,7 @@ def test_adapters_train_resume_and_are_published(data, tmp_path, export):
         with safe_open(folder / "model.safetensors", framework="pt") as stored:
             assert not any("tile_encoder" in name for name in stored.keys())  # noqa: SIM118
         model = load_adapted_model(folder)
+        check_publishing(folder, tmp_path / "gathered", str(data / "vit"))
     torch.testing.assert_close(model.eval().get_tile_features(pixels), adapted, rtol=1e-4, atol=1e-5)
     first = original.state_dict()["layers.0.attention.q_proj.weight"]
     assert not torch.equal(model.tile_encoder.state_dict()["layers.0.attention.q_proj.weight"], first)

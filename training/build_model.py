@@ -25,6 +25,7 @@ from .pretrained_encoder import (
     Preprocessing,
     check_input_size,
     check_loaded,
+    encoder_source,
     load_tile_encoder,
     refuse_pickled_weights,
 )
@@ -52,7 +53,7 @@ class ModelParts:
     def save_pretrained(self, folder: str, config: TrainConfig) -> None:
         """Writes model, processor and tokenizer, ready for `AutoModel`, `AutoProcessor` and `pipeline`."""
         if config.lora is not None and config.lora_export == "adapter":
-            save_adapter(self.model, Path(folder), config.lora, config.tile_encoder)
+            save_adapter(self.model, Path(folder), config.lora, encoder_source(config.tile_encoder))
         else:
             if config.lora is not None:
                 merge_lora(self.model.tile_encoder)
@@ -170,7 +171,8 @@ def _model_config(
 def _published(config: PreTrainedConfig, source: str | None) -> PreTrainedConfig:
     """A sub-config without the local path it came from, which would be published with the model."""
     if source is not None:
-        config.name_or_path = "" if source.startswith((".", "/", "local-dir:")) or Path(source).exists() else source
+        source = encoder_source(source)
+        config.name_or_path = "" if source.startswith((".", "/")) or Path(source).exists() else source
     return config
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # Subcommand -> (module, one line of help). Modules are imported only when their subcommand is called.
 COMMANDS = {
     "tiles": ("dre_slcl.training.tiles_command", "tile slides into a Hugging Face dataset"),
+    "convert-encoder": ("dre_slcl.training.convert_encoder", "pickled weights of a tile encoder as safetensors"),
     "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
     "explain": ("dre_slcl.training.explain_slide", "show which tiles of a slide speak for a text or a class"),

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _MODEL_PATTERNS = (
     *("config.json", "model*.safetensors", "model*.safetensors.index.json", "*processor_config.json"),
+    *("adapter_config.json", "adapter_model.safetensors"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
 _CARD, _INFO = "README.md", "dre_slcl_dataset.json"
@@ -81,7 +82,12 @@ def gather_model(
     if not own_card.is_file():
         config = read_json(model_dir / "config.json")
         card = build_model_card(
-            config, repo_id=repo_id, metrics=metrics, data_statement=data_statement, datasets=datasets
+            config,
+            repo_id=repo_id,
+            metrics=metrics,
+            data_statement=data_statement,
+            datasets=datasets,
+            has_adapter=(model_dir / "adapter_config.json").is_file(),
         )
         (out_dir / "README.md").write_text(str(card), encoding="utf-8")
     left_out = sorted({path.name for path in model_dir.iterdir()} - {path.name for path in sources} - {"__pycache__"})

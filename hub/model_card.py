@@ -27,6 +27,36 @@ _PLAIN_FIELDS = ("hidden_size", "num_codewords", "num_hidden_layers", "projectio
 # What a metrics file says beside its numbers.
 _DESCRIPTIONS = ("dataset", "dataset_name", "split", "task", "task_name")
 
+_USAGE = """\
+```python
+from transformers import pipeline
+
+encode = pipeline("slide-feature-extraction", model="$repo_id", revision="<commit hash>", trust_remote_code=True)
+slide = encode("slide.svs")
+slide["slide_embedding"]  # ($hidden_size,): for probes and slide-to-slide search
+slide["slide_projection"]  # ($projection_size,): L2-normalised, for comparison with reports
+```
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("$repo_id", revision="<commit hash>", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("$repo_id", revision="<commit hash>", trust_remote_code=True)
+```
+"""
+_ADAPTER_USAGE = """\
+```python
+# pip install dre-slcl[lora]; the tile encoder's own weights are fetched from where `adapter_config.json` says.
+from huggingface_hub import snapshot_download
+from dre_slcl.training.lora import load_adapted_model
+
+model = load_adapted_model(snapshot_download("$repo_id", revision="<commit hash>"))
+slide = model.encode_slide("slide.svs")
+slide["slide_embedding"]  # ($hidden_size,): for probes and slide-to-slide search
+slide["slide_projection"]  # ($projection_size,): L2-normalised, for comparison with reports
+```
+"""
+
 
 def build_model_card(
     config: Mapping[str, Any],
@@ -35,6 +65,7 @@ def build_model_card(
     metrics: Mapping[str, Any] | None = None,
     data_statement: str | None = None,
     datasets: Sequence[str] = (),
+    has_adapter: bool = False,
 ) -> ModelCard:
     """Builds the card of a model.
 
@@ -47,6 +78,7 @@ def build_model_card(
             `task` and `task_name` say what they were measured on.
         data_statement (`str`, *optional*): Markdown: which slides and reports, from where, under which permission.
         datasets (`Sequence[str]`, defaults to `()`): Hub ids of the training datasets.
+        has_adapter (`bool`, defaults to `False`): the tile encoder's weights are elsewhere, its adapters here.
 
     Returns:
         `ModelCard`: with the metadata that the Hub shows and filters by.
@@ -71,6 +103,8 @@ def build_model_card(
         fields,
         model_name=name,
         repo_id=repo_id,
+        usage=Template(_ADAPTER_USAGE if has_adapter else _USAGE).substitute(fields, repo_id=repo_id),
+        labels=_describe_labels(config),
         tile_encoder=_describe_encoder(config.get("encoder_config")),
         text_encoder=_describe_encoder(config.get("text_config")) if config.get("text_config") else "none",
         datasets=", ".join(f"`{dataset}`" for dataset in datasets) or NOT_STATED,
@@ -79,6 +113,13 @@ def build_model_card(
         **_geometry(config),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _describe_labels(config: Mapping[str, Any]) -> str:
+    """Returns the names that a classifier gives, "none" for a model without one."""
+    if "DreSlclForSlideClassification" not in (config.get("architectures") or []):
+        return "none"
+    return ", ".join(f"`{name}`" for name in (config.get("id2label") or {}).values()) or NOT_STATED
 
 
 def _stated(value: Any) -> str:

@@ -53,6 +53,12 @@ class DreSlclConfig(PreTrainedConfig):
             `"last"`.
         logit_scale_init_value (`float`, defaults to 2.6592): initial logarithm of the logit scale.
         max_logit_scale (`float`, defaults to 100.0): upper bound of the logit scale.
+        contrastive_loss (`str`, defaults to `"infonce"`):
+            `"infonce"` (the paper) or `"siglip"`, with a learned bias; SigLIP starts from a logit scale of 10.
+        logit_bias_init_value (`float`, defaults to -10.0): initial bias of SigLIP.
+        contrastive_loss_weight (`float`, defaults to 1.0), label_loss_weight (`float`, defaults to 1.0):
+            weights of the two losses of `DreSlclForSlideClassification`.
+        class_weights (`list[float]`, *optional*): weight of each class or label in its loss.
         tile_size_px (`int`, defaults to 256): side of a tile in px at `tile_mpp`.
         tile_mpp (`float`, defaults to 0.5): resolution of a tile in um/px.
     """
@@ -80,6 +86,11 @@ class DreSlclConfig(PreTrainedConfig):
     text_pooling: Literal["mean", "cls", "last"] = "mean"
     logit_scale_init_value: float = 2.6592
     max_logit_scale: float = 100.0
+    contrastive_loss: Literal["infonce", "siglip"] = "infonce"
+    logit_bias_init_value: float | int = -10.0
+    contrastive_loss_weight: float | int = 1.0
+    label_loss_weight: float | int = 1.0
+    class_weights: list[float | int] | None = None
     tile_size_px: int = 256
     tile_mpp: float | int = 0.5
 
@@ -104,6 +115,8 @@ class DreSlclConfig(PreTrainedConfig):
                 f"({self.projection_size}) must equal `report_hidden_size` ({self.report_hidden_size}); set them "
                 "equal or choose `text_projection='linear'`."
             )
+        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
+            raise ValueError(f"`class_weights` has {len(self.class_weights)} entries for {self.num_labels} labels.")
         if not 0.05 <= self.tile_mpp <= 10:
             raise ValueError(f"`tile_mpp` must lie between 0.05 and 10 um/px, got {self.tile_mpp}.")
 

@@ -7,7 +7,6 @@ R width of report encodings, E joint width, T text tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .configuration_dre_slcl import DreSlclConfig
 from .contrastive_loss import similarity_logits, slide_level_contrastive_loss
 from .memory_bank import MemoryBank
+from .model_outputs import DreSlclOutput
 from .report_encoder import pool_report_states
-from .residual_encoder import ResidualEncoder
+from .residual_encoder import ResidualEncoder, residual_sums
 from .residual_estimate import estimate_residuals
 from .slide_interfaces import SlideInterfaces
 from .tile_encoder import build_tile_encoder, encode_tiles, tile_encoder_width
-
-
-@dataclass
-class DreSlclOutput(ModelOutput):
-    """What `DreSlclModel` returns.
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): the contrastive loss, when reports were given.
-        slide_embedding (`torch.Tensor` of shape `(B, D)`): one vector per slide, for probes, clustering and
-            slide-to-slide search. Not comparable with text.
-        slide_projection (`torch.Tensor` of shape `(B, E)`): L2-normalised; compare with `report_projection` and
-            `get_text_features`.
-        report_projection (`torch.Tensor` of shape `(B, E)`, *optional*): L2-normalised.
-        logits_per_slide (`torch.Tensor` of shape `(B, B)`, *optional*): scaled similarities of this process's slides
-            (rows) and reports (columns).
-        residuals (`torch.Tensor` of shape `(B, K, D)`): residual sums per codeword, not normalised.
-        codeword_counts (`torch.Tensor` of shape `(B, K)`): tiles per codeword.
-        tile_features (`torch.Tensor` of shape `(B, M, D)`): L2-normalised features of the given tiles.
-        hidden_states (`tuple` of `torch.Tensor` of shape `(B, K, D)`, *optional*): codeword tokens before each layer
-            of the residual encoder and after the last.
-        attentions (`tuple` of `torch.Tensor` of shape `(B, heads, K, K)`, *optional*): its attention weights.
-    """
-
-    loss: torch.FloatTensor | None = None
-    slide_embedding: torch.FloatTensor | None = None
-    slide_projection: torch.FloatTensor | None = None
-    report_projection: torch.FloatTensor | None = None
-    logits_per_slide: torch.FloatTensor | None = None
-    residuals: torch.FloatTensor | None = None
-    codeword_counts: torch.Tensor | None = None
-    tile_features: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class DreSlclPreTrainedModel(PreTrainedModel):
@@ -83,6 +49,8 @@ class DreSlclPreTrainedModel(PreTrainedModel):
             init.normal_(module.codebook, std=self.config.hidden_size**-0.5)
         elif isinstance(module, DreSlclModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, self.config.logit_bias_init_value)
             init.zeros_(module.report_mean)
 
     def _set_gradient_checkpointing(
@@ -141,6 +109,8 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         # The part that a frozen text model gives to every report; training sets it, and zero changes nothing.
         self.register_buffer("report_mean", torch.zeros(config.report_hidden_size))
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        is_siglip = config.contrastive_loss == "siglip"
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init_value))) if is_siglip else None
         self.gradient_checkpointing = False
         # Relative to the module given to DistributedDataParallel: each process keeps its own part of the bank.
         self._ddp_params_and_buffers_to_ignore = [f"memory_bank.{name}" for name in MemoryBank.BUFFER_NAMES]
@@ -233,20 +203,38 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         )
 
     def contrast(
-        self, outputs: DreSlclOutput, report_embeds: torch.Tensor, group_ids: torch.Tensor | None = None
+        self,
+        outputs: DreSlclOutput,
+        report_embeds: torch.Tensor,
+        group_ids: torch.Tensor | None = None,
+        negative_embeds: torch.Tensor | None = None,
+        negative_group_ids: torch.Tensor | None = None,
     ) -> DreSlclOutput:
         """Compares encoded slides with their reports: adds `report_projection`, `logits_per_slide` and `loss`.
 
         Args:
             outputs (`DreSlclOutput`): with `slide_projection` of shape `(B, E)`.
             report_embeds (`torch.Tensor` of shape `(B, R)`, float): the reports' encodings.
-            group_ids (`torch.Tensor` of shape `(B,)`, *optional*): as in `slide_level_contrastive_loss`.
+            group_ids (`torch.Tensor` of shape `(B,)` or `(B, C)`, *optional*): as in `slide_level_contrastive_loss`.
+            negative_embeds (`torch.Tensor` of shape `(P, R)`, *optional*): encodings of reports that are only
+                negatives.
+            negative_group_ids (`torch.Tensor` of shape `(P,)` or `(P, C)`, *optional*): their groups.
         """
         outputs.report_projection = self.get_report_projection(report_embeds)
         pair = (outputs.slide_projection, outputs.report_projection)
         scale = self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
         outputs.logits_per_slide = similarity_logits(*pair, scale)
-        outputs.loss = slide_level_contrastive_loss(*pair, scale, group_ids)
+        if self.logit_bias is not None:
+            outputs.logits_per_slide = outputs.logits_per_slide + self.logit_bias
+        negatives = None if negative_embeds is None else self.get_report_projection(negative_embeds)
+        outputs.loss = slide_level_contrastive_loss(
+            *pair,
+            scale,
+            group_ids,
+            logit_bias=self.logit_bias,
+            negative_projection=negatives,
+            negative_group_ids=negative_group_ids,
+        )
         return outputs
 
     def get_slide_features(self, tile_features: torch.Tensor, tile_mask: torch.Tensor | None = None) -> DreSlclOutput:
@@ -311,6 +299,8 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        negative_embeds: torch.Tensor | None = None,
+        negative_group_ids: torch.Tensor | None = None,
     ) -> DreSlclOutput | tuple:
         """Encodes tiles and joins them with what is stored of their slides.
 
@@ -324,10 +314,11 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens.
             report_embeds (`torch.Tensor` of shape `(B, R)`, *optional*): the reports' encodings, instead of
                 `input_ids`.
-            group_ids (`torch.Tensor` of shape `(B,)`, *optional*): as in `slide_level_contrastive_loss`.
+            group_ids (`torch.Tensor` of shape `(B,)` or `(B, C)`, *optional*): as in `slide_level_contrastive_loss`.
             output_hidden_states (`bool`, *optional*): return the codeword tokens of every layer.
             output_attentions (`bool`, *optional*): return the residual encoder's attention weights.
             return_dict (`bool`, *optional*): return a `DreSlclOutput` rather than a tuple.
+            negative_embeds, negative_group_ids (`torch.Tensor`, *optional*): as in `contrast`.
 
         Returns:
             `DreSlclOutput`.
@@ -351,7 +342,7 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         if input_ids is not None and report_embeds is None:
             report_embeds = self.encode_reports(input_ids, attention_mask)
         if report_embeds is not None:
-            outputs = self.contrast(outputs, report_embeds, group_ids)
+            outputs = self.contrast(outputs, report_embeds, group_ids, negative_embeds, negative_group_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         fields = dict(outputs.items())

@@ -22,6 +22,7 @@ OPTIONS = {
         "--val-fraction",
     ],
     "train": ["--config", "--dataset", "--output-dir", "--slides-per-batch", "--bank-mode", "--text-model"],
+    "convert-encoder": ["FILE", "OUT", "--image-size", "--key"],
     "embed": ["--model", "--slides", "--out", "--mpp", "--tile-features", "--device"],
     "evaluate": ["--model", "--dataset", "--label-column", "--out"],
     "search": ["--index", "--model", "--like", "--slide", "--find", "--top-k", "--out"],

@@ -41,13 +41,36 @@ class TrainConfig:
     )
     max_report_tokens: int = _setting(512, "reports are cut to this length")
     model_config: dict[str, Any] = _setting({}, "further fields of DreSlclConfig, for example {num_codewords: 32}")
-    image_mean: list[float] = field(
-        default_factory=lambda: [0.5, 0.5, 0.5], metadata={"help": "pixel mean that the tile encoder expects"}
+    image_mean: list[float] | None = _setting(
+        None, "pixel mean that the tile encoder expects; default: as its own files say, else 0.5"
     )
-    image_std: list[float] = field(
-        default_factory=lambda: [0.5, 0.5, 0.5], metadata={"help": "pixel standard deviation that it expects"}
+    image_std: list[float] | None = _setting(
+        None, "pixel standard deviation that it expects; default: as its own files say, else 0.5"
     )
-    encoder_image_size_px: int | None = _setting(None, "input size of the tile encoder, where it is not tile_size_px")
+    encoder_image_size_px: int | None = _setting(
+        None, "input size of the tile encoder; default: as its own files say, else the tiles' size"
+    )
+    # Objective
+    objective: Literal["contrastive", "labels", "both"] = _setting(
+        "contrastive", "train with reports, with labels (then without a text model), or with both"
+    )
+    contrastive_loss: Literal["infonce", "siglip"] = _setting(
+        "infonce", "'infonce': slides compete for a report; 'siglip': each pair is a yes or no, with a learned bias"
+    )
+    report_negatives: Literal["batch", "all"] = _setting(
+        "batch", "reports that a slide is told from: those of the batch, or all training reports"
+    )
+    report_separator: str | None = _setting(None, "what separates the sections of a report, for example '[SEP]'")
+    report_sections: Literal["mean", "sample"] = _setting(
+        "mean", "of the sections take the mean of their encodings, or sample one in each step"
+    )
+    contrastive_weight: float = _setting(1.0, "weight of the contrastive loss beside labels (objective 'both')")
+    label_weight: float = _setting(1.0, "weight of the loss on labels beside reports (objective 'both')")
+    label_columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "one column of classes, or several columns of 0 and 1; empty cells are missing labels"},
+    )
+    class_weights: dict[str, float] = _setting({}, "weight of classes or labels by name, 1 where not given")
     # Method
     slides_per_batch: int = _setting(8, "slides in a step, over all processes (B)")
     tiles_per_slide: int = _setting(16, "tiles of a slide that a step encodes with gradient (s)")
@@ -85,6 +108,12 @@ class TrainConfig:
         },
     )
     train_tile_encoder: bool = _setting(True, "train the tile encoder; false keeps it frozen")
+    lora: dict[str, Any] | None = _setting(
+        None, "train low-rank adapters of the tile encoder instead, for example {r: 8, lora_alpha: 16} (needs peft)"
+    )
+    lora_export: Literal["merged", "adapter"] = _setting(
+        "merged", "publish adapters merged into the tile encoder's weights, or beside a reference to it"
+    )
     activation_checkpointing: bool = _setting(
         False, "recompute the tile encoder's activations: less memory, more time"
     )
@@ -94,6 +123,7 @@ class TrainConfig:
     num_steps: int = _setting(1000, "training steps")
     finalize_steps: int = _setting(0, "further steps on the head alone, over whole slides of fresh features")
     learning_rate: float = _setting(1e-4, "peak learning rate of the tile encoder")
+    layer_decay: float = _setting(1.0, "factor on it for each block further from the tile encoder's output")
     head_learning_rate: float = _setting(3e-4, "peak learning rate of everything else")
     warmup_steps: int = _setting(50, "steps of linear warm-up; then the learning rate follows a cosine to zero")
     weight_decay: float = _setting(0.05, "AdamW's weight decay, on weight matrices only")
@@ -134,7 +164,14 @@ class TrainConfig:
         for name in ("control_strength", "stale_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "head_learning_rate", "max_gradient_norm"):
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"`layer_decay` must lie above 0 and not above 1, got {self.layer_decay}.")
+        if self.lora_export == "adapter" and (self.lora is None or self.tile_encoder is None):
+            raise ValueError("`lora_export: adapter` needs `lora` and a pretrained `tile_encoder` to refer to.")
+        if self.lora is not None and not self.train_tile_encoder:
+            raise ValueError("`lora` trains the tile encoder, `train_tile_encoder: false` freezes it; drop one.")
+        positive = ("learning_rate", "head_learning_rate", "max_gradient_norm", "contrastive_weight", "label_weight")
+        for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
         if self.model is None and (self.tile_encoder is None) == (self.tile_encoder_config is None):
@@ -142,8 +179,13 @@ class TrainConfig:
                 "Give one of `tile_encoder` (pretrained) and `tile_encoder_config` (from scratch), or `model` to go "
                 "on from a DRE-SLCL model."
             )
-        if self.model is None and self.text_model is None:
+        if self.model is None and self.text_model is None and self.objective != "labels":
             raise ValueError("`text_model` must be given: a folder or Hub repository of a text model.")
+        if (self.objective == "contrastive") == bool(self.label_columns):
+            raise ValueError(
+                "`label_columns` and `objective` belong together: name the columns for 'labels' or 'both', none for "
+                f"'contrastive'; got {self.label_columns} and '{self.objective}'."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all settings, ready for JSON."""

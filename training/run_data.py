@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slides of a run: which are trained on, which this process owns, which are positives together."""
+"""The slides of a run: which are trained on, which this process owns, what they are trained towards.
+
+Letters: b slides of this process in a step, P further reports, R width of report encodings, L labels.
+"""
 
 import logging
 
@@ -9,6 +12,8 @@ import torch
 from .bank_modes import BANK_MODES
 from .config import TrainConfig
 from .sampler import StepPlan, StepSampler, partition_slides, shards_of_process
+from .slide_labels import SlideLabels, trained_labels
+from .slide_reports import SlideReports
 from .strata import Strata
 from .tile_source import TileSource, describe_missing
 
@@ -16,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunData:
-    """Slides, virtual shards and reports of a run, as one process sees them.
+    """Slides, virtual shards, reports and labels of a run, as one process sees them.
 
     Args:
         config (`TrainConfig`): the settings.
@@ -24,13 +29,15 @@ class RunData:
 
     Attributes:
         source (`TileSource`): the training split.
-        slides (`list` of `int`): the slides that have a report, as places in `source.slides`.
+        reports (`SlideReports`, *optional*): unless the objective is labels only.
+        labels (`SlideLabels`, *optional*): unless the objective is contrastive only.
+        slides (`list` of `int`): the slides that have what the objective needs, as places in `source.slides`: a
+            report, a label, or for both objectives any of them.
         shards (`list` of `list` of `int`): the slides of each virtual shard.
         owned_shards (`list` of `int`): this process's shards.
         owned (`list` of `int`): their slides, in the order of this process's memory bank.
         strata (`Strata`, *optional*): of the owned slides, in modes that sample by codeword.
         sampler (`StepSampler`): plans this process's steps.
-        report_embeds (`torch.Tensor` of shape `(slides of the source, R)`): set by `set_report_embeds`.
 
     Raises:
         ValueError: if there are too few cases for a batch, the processes cannot share it, or files of slides that
@@ -43,9 +50,13 @@ class RunData:
         if missing:  # better now than after days, in the first step that needs one
             raise ValueError(describe_missing(self.source, missing))
         rows = self.source.slides
-        self.slides = [place for place, row in enumerate(rows) if row.report.strip()]
+        self._report_negatives = config.report_negatives
+        self._read_targets(config)
         if len(self.slides) < len(rows) and process_index == 0:
-            logger.warning("%d of %d slides have no report and are left out.", len(rows) - len(self.slides), len(rows))
+            what = {"contrastive": "report", "labels": "label", "both": "report and no label"}[config.objective]
+            logger.warning(
+                "%d of %d slides have no %s and are left out.", len(rows) - len(self.slides), len(rows), what
+            )
         shards = partition_slides([rows[slide].case_id for slide in self.slides], config.slides_per_batch, config.seed)
         self.shards = [[self.slides[place] for place in shard] for shard in shards]
         self.owned_shards = shards_of_process(config.slides_per_batch, process_index, num_processes)
@@ -64,24 +75,20 @@ class RunData:
             strata=self.strata,
             seed=config.seed,
         )
-        # Slides with the same report are positives together; those of one case never meet in a batch.
-        first_with: dict[str, int] = {}
-        self._group_of = torch.tensor([first_with.setdefault(row.report, place) for place, row in enumerate(rows)])
 
-    @property
-    def reports(self) -> list[str]:
-        """The reports of `slides`."""
-        return [self.source.slides[slide].report for slide in self.slides]
-
-    def set_report_embeds(self, encoded: torch.Tensor) -> None:
-        """Takes the encodings of `reports`, of shape `(len(slides), R)`."""
-        self.report_embeds = torch.zeros(len(self.source.slides), encoded.shape[1])
-        self.report_embeds[self.slides] = encoded
-
-    def mean_report_embed(self) -> torch.Tensor:
-        """Mean encoding of the distinct reports: `torch.Tensor` of shape `(R,)`."""
-        distinct = {self.source.slides[slide].report: slide for slide in self.slides}
-        return self.report_embeds[sorted(distinct.values())].mean(dim=0)
+    def _read_targets(self, config: TrainConfig) -> None:
+        """Reads what slides are trained towards, and chooses the slides that have it."""
+        rows, usable = self.source.slides, []
+        self.reports = self.labels = None
+        if config.objective != "labels":
+            self.reports = SlideReports(
+                rows, separator=config.report_separator, sections=config.report_sections, seed=config.seed
+            )
+            usable.append(self.reports.has_report)
+        if config.objective != "contrastive":
+            self.labels = SlideLabels(rows, config.label_columns, trained_labels(config))
+            usable.append(self.labels.has_label)
+        self.slides = [place for place, flags in enumerate(zip(*usable, strict=True)) if any(flags)]
 
     def num_tiles_owned(self) -> list[int]:
         """Tiles of each owned slide, for `MemoryBank.allocate`."""
@@ -92,11 +99,22 @@ class RunData:
         return torch.tensor([self._place_in_bank[int(slide)] for slide in slides])
 
     def texts(self, plan: StepPlan, device: torch.device) -> dict[str, torch.Tensor]:
-        """The reports of a step as the model takes them: `report_embeds` `(b, R)` and `group_ids` `(b,)`."""
-        return {
-            "report_embeds": self.report_embeds[plan.slides].to(device),
-            "group_ids": self._group_of[plan.slides].to(device),
-        }
+        """What the slides of a step are trained towards, as the model takes it.
+
+        Returns:
+            `dict`: with reports `report_embeds` `(b, R)` and `group_ids` `(b, 2)`, and for `report_negatives: all`
+            `negative_embeds` `(P, R)` and `negative_group_ids` `(P, 2)`; with labels `labels` `(b,)` or `(b, L)`.
+        """
+        targets = {}
+        if self.reports is not None:
+            names = ("report_embeds", "group_ids")
+            targets.update(zip(names, self.reports.of_step(plan.step, plan.slides.tolist()), strict=True))
+            if self._report_negatives == "all":
+                names = ("negative_embeds", "negative_group_ids")
+                targets.update(zip(names, self.reports.only_negatives(device), strict=True))
+        if self.labels is not None:
+            targets["labels"] = self.labels.values[plan.slides]
+        return {name: tensor.to(device) for name, tensor in targets.items()}
 
     def names(self, plan: StepPlan) -> str:
         """The names of a step's slides, for messages."""

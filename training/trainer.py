@@ -34,7 +34,7 @@ from .checkpoint import (
 from .config import TrainConfig
 from .gradient_check import GradientCheck
 from .metrics_log import MetricsLog
-from .optimizer import build_optimizer, set_learning_rates
+from .optimizer import build_optimizer, choose_trained, set_learning_rates
 from .reports import encode_reports
 from .run_data import RunData
 from .sampler import PADDING, StepPlan
@@ -116,18 +116,16 @@ class Trainer:
     def _set_up_model(self) -> None:
         config, source = self.config, self.data.source
         set_seed(config.seed)
-        self.parts = build_model(config, tile_size_px=source.tile_size_px, tile_mpp=source.tile_mpp)
+        self.parts = build_model(
+            config, tile_size_px=source.tile_size_px, tile_mpp=source.tile_mpp, labels=self.data.labels
+        )
         model = self.parts.model
         check_geometry(source, model.config.tile_size_px, model.config.tile_mpp)
-        model.tile_encoder.requires_grad_(config.train_tile_encoder)
+        choose_trained(model, config)
         if config.activation_checkpointing:
             model.activation_checkpointing_enable()
-        self.parts.report_encoder.model.to(self.device)
-        with self.accelerator.main_process_first():
-            cache = self.output_dir / "report_cache"
-            self.data.set_report_embeds(encode_reports(self.parts.report_encoder, self.data.reports, cache))
-        if config.center_reports and config.model is None:
-            model.report_mean.copy_(self.data.mean_report_embed())
+        if self.data.reports is not None:
+            self._encode_reports()
         self.parameter_names = {parameter: name for name, parameter in model.named_parameters()}
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, config))
         # Only the forward pass goes through DistributedDataParallel; everything else speaks to the model itself.
@@ -164,6 +162,16 @@ class Trainer:
         )
         self.mode = BANK_MODES[config.bank_mode](config, whole_slides)
         self.gradient_check = GradientCheck(self.mode, whole_slides)
+
+    def _encode_reports(self) -> None:
+        """Encodes the reports of the run with the frozen text model, or takes them from the cache."""
+        reports = self.data.reports
+        self.parts.report_encoder.model.to(self.device)
+        with self.accelerator.main_process_first():
+            cache = self.output_dir / "report_cache"
+            reports.set_encodings(encode_reports(self.parts.report_encoder, reports.distinct, cache))
+        if self.config.center_reports and self.config.model is None:
+            self.parts.model.report_mean.copy_(reports.mean_embed())
 
     def _resume(self) -> int:
         """Restores the newest valid checkpoint, or makes the first; returns the number of completed steps."""
@@ -379,6 +387,6 @@ class Trainer:
             self.parts.model = self.unwrapped
             remove_temporary(self.output_dir)
             with atomic_folder(self.output_dir / "model") as temporary:
-                self.parts.save_pretrained(str(temporary))
+                self.parts.save_pretrained(str(temporary), self.config)
             logger.info("The trained model is in %s.", self.output_dir / "model")
         self.accelerator.wait_for_everyone()

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status: 0 at the end, 128 + the signal that stopped it, 1 for an error."""
     try:
         return train(config_from_arguments(arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         logger.error("%s", error)
         return 1
 
@@ -46,8 +46,10 @@ def train(config: TrainConfig) -> int:
     Raises:
         ValueError: for settings or data that do not fit together.
         OSError: if another run writes to the same folder, or files cannot be read or written.
+        FloatingPointError: at the first number that is not finite; the last checkpoint is sound.
     """
     from .folder_lock import folder_lock
+    from .stop_signals import StoppedBeforeTraining
     from .trainer import Trainer
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -61,7 +63,11 @@ def train(config: TrainConfig) -> int:
                 f"{world_size} processes were started, but they do not form a group. On CPU start them with "
                 "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m dre_slcl.training.train`."
             )
-        stopped_by = trainer.run()
+        try:
+            stopped_by = trainer.run()
+        except StoppedBeforeTraining as stopped:
+            logger.warning("Signal %d: there is nothing to save yet.", stopped.number)
+            return _SIGNAL_EXIT_BASE + stopped.number
         trainer.accelerator.end_training()
     return 0 if stopped_by is None else _SIGNAL_EXIT_BASE + stopped_by
 

@@ -6,6 +6,8 @@ Letters: b slides of this process in a step, M sampled tiles of each, K codeword
 
 import contextlib
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from modeling_dre_slcl.residual_encoder import residual_sums
 
 from .bank_filling import BankFiller
 from .build_model import build_model
-from .checkpoint import CheckpointFolder, load_tensors
+from .checkpoint import CheckpointFolder
 from .config import TrainConfig
 from .finite_checks import FiniteChecks
 from .metrics_log import MetricsLog, tracked_settings
@@ -147,6 +149,7 @@ class Trainer:
     def _set_up_run(self) -> None:
         """What watches, averages, checks and validates the model that `_set_up_model` made."""
         config, model = self.config, self.unwrapped
+        model.accumulation_steps = config.accumulation_steps
         self.progress = RunProgress()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = WeightAverage(trained, config.ema_decay) if config.ema_decay else None
@@ -195,14 +198,33 @@ class Trainer:
             logger.info("Going on from %s.", path)
         return self.progress.step
 
-    def _train(self, first: int) -> None:
-        """Steps with gradient through the tile encoder."""
+    def load_steps(self, steps: range) -> Iterator[StepBatch]:
+        """Yields the plan and the tiles of each step."""
         config = self.config
         flips, stain = config.augment_flips, config.augment_stain
         dataset = StepDataset(self.data.source, self.data.sampler, augment_flips=flips, augment_stain=stain)
-        steps = range(first, config.num_steps)
-        loader = step_loader(dataset, steps, num_workers=config.num_workers, seed=config.seed)
+        return step_loader(dataset, steps, num_workers=config.num_workers, seed=config.seed)
+
+    def try_steps(self, num_steps: int) -> list[float]:
+        """Takes the first steps on an empty bank and saves nothing; returns the seconds of each. Collective.
+
+        Afterwards this trainer is of no further use.
+        """
         self.model.train()
+        seconds = []
+        for batch in self.load_steps(range(num_steps)):
+            self.accelerator.wait_for_everyone()
+            started = time.perf_counter()
+            self._step(batch)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _train(self, first: int) -> None:
+        """Steps with gradient through the tile encoder."""
+        config = self.config
+        steps = range(first, config.num_steps)
+        self.model.train()
+        loader = self.load_steps(steps)
         bar = tqdm(loader, total=len(steps), desc="training", unit="step", disable=not self.is_main)
         self.clock.switch("data")
         for batch in bar:
@@ -279,7 +301,10 @@ class Trainer:
 
     def _start_step(self, step: int) -> float:
         """Sets what a step's arithmetic depends on, as a function of the step alone; returns the learning rate."""
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
+        seed = self.config.seed * 1_000_003 + step
+        self.unwrapped.residual_encoder.dropout_seed = seed
+        # Dropout of the tile encoder itself is drawn by each process.
+        torch.manual_seed(seed * 4099 + self.accelerator.process_index)
         return set_learning_rates(self.optimizer, step, self.config)
 
     def _check_finite(self, loss: torch.Tensor, plan: StepPlan) -> None:
@@ -342,8 +367,8 @@ class Trainer:
         if self.config.final_weights == "ema":
             self.average.copy_to_model()
         elif self.config.final_weights == "best":
-            weights = load_tensors(self.output_dir / BEST_MODEL / "model.safetensors")
-            self.unwrapped.load_state_dict(weights, strict=False)
+            best = type(self.unwrapped).from_pretrained(self.output_dir / BEST_MODEL)
+            self.unwrapped.load_state_dict(best.state_dict())
 
     def _track(self, numbers: dict[str, float], step: int) -> None:
         self.accelerator.log(numbers, step=step)

@@ -41,10 +41,10 @@ def newest(folder):
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_gradients_of_accumulated_steps_are_those_of_the_whole_step(parts):
-    model = tiny_model().train()
+    model = tiny_model().double().train()
     generator = torch.Generator().manual_seed(0)
-    tiles = torch.randn(4, 5, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    reports = torch.randn(4, 16, generator=generator)
+    tiles = torch.randn(4, 5, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator, dtype=torch.float64)
+    reports = torch.randn(4, 16, generator=generator, dtype=torch.float64)
     expected, found = {}, {}
     most = {}  # tiles that the encoder saw at once
     for number, gradients in ((1, expected), (parts, found)):
@@ -63,13 +63,14 @@ def test_gradients_of_accumulated_steps_are_those_of_the_whole_step(parts):
     assert max(most[parts]) == math.ceil(20 / parts)
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max() + 1e-3))
+        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-12)
 
 
-def test_accumulation_changes_neither_losses_nor_weights(data, tmp_path):
+def test_accumulation_changes_no_loss(data, tmp_path):
     found = []
     for parts in (1, 4):
         run = settings(data, tmp_path / str(parts), accumulation_steps=parts, bank_dtype="float32", num_steps=4)
+        run |= {"learning_rate": 1e-5, "head_learning_rate": 1e-5}
         assert train(TrainConfig(**run)) == 0
         found.append([row["loss"] for row in read_metrics(Path(run["output_dir"]) / "metrics.jsonl")])
     assert found[1] == pytest.approx(found[0], rel=1e-6)

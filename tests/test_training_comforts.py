@@ -201,3 +201,36 @@ def test_trackers_get_every_number_and_a_missing_one_is_refused(data, tmp_path):
     assert found == [(row["step"], pytest.approx(row["loss"])) for row in rows]
     with pytest.raises(ValueError, match=r"wandb is not installed; `pip install \"dre-slcl\[wandb\]\"`"):
         train(TrainConfig(**run | {"trackers": ["wandb"], "output_dir": str(tmp_path / "other")}))
+
+
+def test_slides_with_hashed_names_and_no_pixels_are_found_by_the_private_file(data, tmp_path):
+    from dre_slcl.training.tile_source import TileSource
+    from modeling_dre_slcl.slide_reader import SlideReader
+
+    from .slide_cohort import GRID, build, write_slide
+
+    (tmp_path / "slides").mkdir()
+    names = [f"MEIER-{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        write_slide(tmp_path / "slides" / f"{name}.tif", number)
+    lines = [f"{name},slides/{name}.tif,CASE-{name},{tiny_dataset.WORDS[i]},train" for i, name in enumerate(names)]
+    (tmp_path / "m.csv").write_text("\n".join(["slide_id,path,case_id,report,split", *lines]) + "\n")
+    private = tmp_path / "private.json"
+    build(tmp_path / "m.csv", tmp_path / "hashed", pixels="none", private_ids=private)
+    source = TileSource(tmp_path / "hashed", "train", private_ids=private)
+    ids = json.loads(private.read_text())["slides"]
+    for place, row in enumerate(source.slides):
+        assert row.slide_id not in names
+        x, y = row.tile_xy[3].tolist()
+        with SlideReader(tmp_path / "slides" / f"{ids[row.slide_id]['slide_id']}.tif") as reader:
+            expected = reader.read_tile(x, y, tile_size_px=GRID.tile_size_px, tile_mpp=GRID.tile_mpp)
+        assert (source.read(place, [3])[0] == expected).all()
+    run = settings(data, tmp_path, dataset=str(tmp_path / "hashed"), num_steps=2, encoder_image_size_px=16)
+    with pytest.raises(ValueError, match="`private_ids` if it was built with --hash-ids"):
+        train(TrainConfig(**run))
+    assert train(TrainConfig(**run | {"private_ids": str(private), "num_workers": 1})) == 0
+    trained = b"".join(path.read_bytes() for path in Path(run["output_dir"]).rglob("*") if path.is_file())
+    assert b"MEIER" not in trained
+    (tmp_path / "slides" / f"{names[0]}.tif").unlink()
+    with pytest.raises(ValueError, match="1 of 4 slide files are not"):
+        train(TrainConfig(**run | {"private_ids": str(private)}))

@@ -107,7 +107,7 @@ def write_data(root: Path) -> None:
 
 def measure(root: Path, name: str, num_processes: int, *, num_steps: int, **changes: Any) -> dict[str, Any]:
     """Trains in processes of their own; returns the times after the warm-up, and the number of their steps."""
-    model = {"layers": [1, 1, 1, 1], "channels": [24, 48, 72, 96], "norm_layer": "groupnorm"}
+    model = {"layers": [1, 1, 1, 1], "channels": [32, 32, 64, 64], "norm_layer": "groupnorm"}
     settings = {
         "dataset": str(root / "data"),
         "output_dir": str(root / name),

@@ -27,7 +27,7 @@ from dre_slcl.training.metrics_log import read_metrics
 from dre_slcl.training.train import train
 from dre_slcl.training.trainer import Trainer  # noqa: F401 (imported before forking)
 
-TIMES = ("seconds", "data_seconds")
+TIMES = ("seconds", "tiles_per_second")  # what the names of times end in
 
 
 def start(settings: dict) -> int:
@@ -53,7 +53,7 @@ def digest(output_dir: Path) -> str:
     }
     summary["model"] = hashlib.sha256((output_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
     rows = read_metrics(output_dir / "metrics.jsonl")
-    summary["metrics"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    summary["metrics"] = [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
     return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
 
 

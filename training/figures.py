@@ -37,6 +37,9 @@ _PANELS = {
     "tiles_per_second": "tiles per second",
     "seconds": "seconds per step",
     "data_seconds": "seconds per step, waiting for tiles",
+    "wait_seconds": "seconds per step, waiting for other processes",
+    "validation_loss": "validation: loss",
+    "validation_mean_average_precision": "validation: mean average precision",
 }
 _PANELS_PER_ROW = 3
 _SMOOTHED_ABOVE = 40

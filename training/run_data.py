@@ -45,7 +45,8 @@ class RunData:
     """
 
     def __init__(self, config: TrainConfig, process_index: int, num_processes: int) -> None:
-        self.source = TileSource(config.dataset, config.train_split, slides_root=config.slides_root)
+        self._config = config
+        self.source = self.source_of(config.train_split)
         missing = self.source.missing_slides()
         if missing:  # better now than after days, in the first step that needs one
             raise ValueError(describe_missing(self.source, missing))
@@ -75,6 +76,11 @@ class RunData:
             strata=self.strata,
             seed=config.seed,
         )
+
+    def source_of(self, split: str) -> TileSource:
+        """Opens a split of the run's dataset."""
+        config = self._config
+        return TileSource(config.dataset, split, slides_root=config.slides_root, private_ids=config.private_ids)
 
     def _read_targets(self, config: TrainConfig) -> None:
         """Reads what slides are trained towards, and chooses the slides that have it."""

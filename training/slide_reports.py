@@ -52,7 +52,19 @@ class SlideReports:
         self._embeds: torch.Tensor | None = None
 
     def set_encodings(self, encoded: torch.Tensor) -> None:
-        """Takes the encodings of `distinct`, of shape `(len(distinct), R)`."""
+        """Takes the encodings of `distinct`, of shape `(len(distinct), R)`.
+
+        Raises:
+            ValueError: if one is not finite; it names a slide.
+        """
+        wrong = (~torch.isfinite(encoded).all(dim=1)).nonzero().flatten().tolist()
+        if wrong:
+            name = next(row.slide_id for row in self.rows if self.distinct[wrong[0]] in row.report)
+            raise ValueError(
+                f"The encoding of the report of slide {name} is not finite ({len(wrong)} of {len(encoded)} are not): "
+                "the text model overflows, or its cache is damaged; delete `report_cache` in `output_dir`, or choose "
+                "another `text_model`."
+            )
         place_of = {part: place for place, part in enumerate(self.distinct)}
         means = [encoded[[place_of[part] for part in text]].mean(dim=0) for text in self._texts]
         self._embeds = torch.stack(means)

@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from modeling_dre_slcl import DreSlclImageProcessor, DreSlclModel, ResidualState
+from modeling_dre_slcl import DreSlclImageProcessor, DreSlclModel
 from modeling_dre_slcl.residual_encoder import assign_codewords
+from modeling_dre_slcl.slide_state import fixed_point, from_fixed_point
 
 from .sampler import StepPlan
 from .step_dataset import StepDataset
@@ -84,7 +85,7 @@ class WholeSlides:
         Returns:
             `tuple`: residuals of shape `(n, K, D)`, in the codebook's dtype, and counts of shape `(n, K)`, int64.
         """
-        states = [ResidualState.empty(model.codebook) for _ in places]
+        states = [model.empty_state() for _ in places]
         for row, features in self._features(model, plan, places):
             states[row].add(features, model.codebook)
         residuals = torch.stack([state.residuals(model.codebook) for state in states])
@@ -107,8 +108,9 @@ class WholeSlides:
         if not parameters:
             return total
         for row, features in self._features(model, plan, places):
-            # A tile's residual moves as its feature does, at the tile's codeword.
-            upstream = residual_gradients[row][assign_codewords(features.detach(), model.codebook)]
+            # A tile's residual moves as its feature does, at the codeword that the first pass gave it.
+            codeword = assign_codewords(from_fixed_point(fixed_point(features.detach())), model.codebook)
+            upstream = residual_gradients[row][codeword]
             parts = torch.autograd.grad(features, parameters, upstream.to(features), allow_unused=True)
             for whole, part in zip(total, parts, strict=True):
                 if part is not None:

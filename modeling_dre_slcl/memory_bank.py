@@ -6,23 +6,31 @@ broadcast. Each process holds the slides it owns. Tile t of slide i is row `slid
 
 Beside the features it keeps, per slide, their sum and number at each codeword. The residuals of ALL tiles of a slide
 then cost O(sampled tiles): take the stored part of the sampled tiles out, put their fresh one in. What is subtracted
-is exactly what was added (the stored, rounded feature at its stored codeword); with float16 features and float64 sums
-every sum is exact, so running sums never drift, in whatever order tiles are written.
+is exactly what was added (the stored, rounded feature at its stored codeword), and every float64 sum is exact
+(`bank_codec` says why), so running sums never drift, in whatever order tiles are written and on whatever device.
 
-Letters: S slides, B slides in a step, M tiles of each, K codewords, D feature width.
+Nothing that a step or a line of the log does takes time or memory that grows with the tiles of a slide or of the bank.
+
+Letters: S slides, B slides in a step, M tiles of each, K codewords, D feature width, T steps.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .bank_codec import FEATURE_LIMIT, decode_features, encode_features, max_tiles_per_slide
+from .bank_health import describe_health, measure_drift
+from .bank_storage import MappedTables, bank_tables, check_room, check_table, make_table
 from .residual_encoder import assign_codewords
 
 _NEVER = -1
 _SLIDE_TABLES = ("feature_sums", "counts")
-_TILE_TABLES = ("features", "written_step", "codeword")
+_TILE_TABLES = ("features", "scales", "written_step", "codeword")
+_ROWS_PER_CHUNK = 1 << 14  # of passes over whole slides
+_WRITES_PER_RELEASE = 64  # of mapped pages, so that a process holds those of so many steps at most
 
 
 @torch.no_grad()
@@ -65,25 +73,48 @@ class MemoryBank(nn.Module):
         num_codewords (`int`): number K of codewords.
 
     Buffers (all non-persistent):
-        features (`(total tiles, D)`, float16 by default), written_step (`(total tiles,)`, int32, -1 = never),
-        codeword (`(total tiles,)`, int16, -1 = none), feature_sums (`(S, K, D)`, float64), counts (`(S, K)`, int64),
-        slide_start (`(S + 1,)`, int64).
+        features (`(total tiles, D)`, float16 by default), scales (`(total tiles, 1)` for int8 features, else
+        `(total tiles, 0)`, float16), written_step (`(total tiles,)`, int32, -1 = never), codeword (`(total tiles,)`,
+        int16, -1 = none), feature_sums (`(S, K, D)`, float64), counts (`(S, K)`, int64), slide_start (`(S + 1,)`,
+        int64), and what `health` is told from: codeword_counts (`(K,)`, int64), step_counts (`(T,)`, int64: tiles last
+        written at each step), drift_sums (`(3,)`, float64: tiles written again in the latest step, sum of their L2
+        distances, of their cosines).
+
+    Attributes:
+        on_write (callable, *optional*): is told the rows `(n,)` of tiles that were just written, or `None` when all
+            may have changed.
     """
 
-    BUFFER_NAMES = (*_TILE_TABLES, *_SLIDE_TABLES, "slide_start")
+    BUFFER_NAMES = (*_TILE_TABLES, *_SLIDE_TABLES, "slide_start", "codeword_counts", "step_counts", "drift_sums")
 
     def __init__(self, hidden_size: int, num_codewords: int) -> None:
         super().__init__()
         self.hidden_size, self.num_codewords = hidden_size, num_codewords
-        self.register_buffer("features", torch.empty(0, hidden_size), persistent=False)
-        self.register_buffer("written_step", torch.empty(0, dtype=torch.int32), persistent=False)
-        self.register_buffer("codeword", torch.empty(0, dtype=torch.int16), persistent=False)
-        self.register_buffer("feature_sums", torch.empty(0, num_codewords, hidden_size), persistent=False)
-        self.register_buffer("counts", torch.empty(0, num_codewords, dtype=torch.int64), persistent=False)
-        self.register_buffer("slide_start", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.on_write: Callable[[torch.Tensor | None], None] | None = None
+        self._mapped: MappedTables | None = None
+        self._num_writes, self._drift_step = 0, _NEVER
+        shapes = {
+            "features": ((0, hidden_size), torch.float32),
+            "scales": ((0, 0), torch.float16),
+            "written_step": ((0,), torch.int32),
+            "codeword": ((0,), torch.int16),
+            "feature_sums": ((0, num_codewords, hidden_size), torch.float64),
+            "counts": ((0, num_codewords), torch.int64),
+            "slide_start": ((0,), torch.int64),
+            "codeword_counts": ((0,), torch.int64),
+            "step_counts": ((0,), torch.int64),
+            "drift_sums": ((0,), torch.float64),
+        }
+        for name, (shape, dtype) in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype), persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MemoryBank":
-        """Follows the model to another device, but keeps every dtype: `model.half()` must not round the sums."""
+        """Follows the model to another device, but keeps every dtype: `model.half()` must not round the sums.
+
+        A bank that is mapped from a disk stays there.
+        """
+        if self._mapped is not None:
+            return self
         device = fn(torch.empty(0, device=self.features.device)).device
         for name in self.BUFFER_NAMES:
             buffer = getattr(self, name)
@@ -91,31 +122,55 @@ class MemoryBank(nn.Module):
             setattr(self, name, moved)
         return self
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the tables are mapped from files on a disk."""
+        return self._mapped is not None
+
     def allocate(
         self,
         num_tiles: Sequence[int],
         *,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
+        folder: str | Path | None = None,
+        num_sharing: int = 1,
     ) -> None:
         """Makes room for slides; everything stored before is dropped.
 
         Args:
             num_tiles (sequence of `int`): tiles of each slide, in the order in which slides are addressed.
-            dtype (`torch.dtype`, defaults to `torch.float16`): floating type of stored features. Sums are exact for
-                float16; for wider types they are rounded to float64.
+            dtype (`torch.dtype`, defaults to `torch.float16`): type of stored features: float16, bfloat16, int8 or
+                float32.
             device (`torch.device` or `str`, *optional*): where the bank lives; defaults to where it is now.
+            folder (`str` or `Path`, *optional*): a folder on a disk: the tables are mapped from files in it instead.
+            num_sharing (`int`, defaults to 1): processes that each allocate as much in the same memory or disk.
+
+        Raises:
+            ValueError: if the bank does not fit, with the numbers, before anything is allocated; or if a slide has
+                more tiles than can be summed without rounding.
         """
-        device = device if device is not None else self.features.device
-        starts = torch.zeros(len(num_tiles) + 1, dtype=torch.int64)
-        starts[1:] = torch.as_tensor(list(num_tiles), dtype=torch.int64).cumsum(0)
-        total, shape = int(starts[-1]), (len(num_tiles), self.num_codewords)
-        self.slide_start = starts.to(device)
-        self.features = torch.zeros(total, self.hidden_size, dtype=dtype, device=device)
-        self.written_step = torch.full((total,), _NEVER, dtype=torch.int32, device=device)
-        self.codeword = torch.full((total,), _NEVER, dtype=torch.int16, device=device)
-        self.feature_sums = torch.zeros(*shape, self.hidden_size, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        counts = torch.as_tensor(list(num_tiles), dtype=torch.int64)
+        limit = max_tiles_per_slide(dtype)
+        if len(counts) and int(counts.max()) > limit:
+            raise ValueError(
+                f"A slide has {int(counts.max())} tiles, but sums of features stored in {dtype} are exact up to "
+                f"{limit}; choose float16, or tile at a coarser mpp."
+            )
+        sizes = {"hidden_size": self.hidden_size, "num_codewords": self.num_codewords, "dtype": dtype}
+        tables = bank_tables(counts.tolist(), **sizes)
+        device = torch.device("cpu" if folder is not None else device if device is not None else self.features.device)
+        folder = None if folder is None else Path(folder)
+        check_room(tables, device=device, folder=folder, num_sharing=num_sharing)
+        self._mapped = None if folder is None else MappedTables(folder, tables)
+        for name, table in tables.items():
+            # The old table goes before the new one comes.
+            setattr(self, name, torch.empty(0, device=device))
+            setattr(self, name, make_table(table, device) if folder is None else self._mapped.tensors[name])
+        self.slide_start = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
+        self.codeword_counts = torch.zeros(self.num_codewords, dtype=torch.int64, device=device)
+        self.step_counts = torch.zeros(1, dtype=torch.int64, device=device)
+        self.drift_sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def read(self, slides: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads stored features.
@@ -129,7 +184,14 @@ class MemoryBank(nn.Module):
             stored.
         """
         rows, valid = self._rows(slides, tiles)
-        return self.features[rows].float(), valid & (self.written_step[rows] != _NEVER)
+        features = self.stored_features(rows.flatten()).view(*rows.shape, self.hidden_size)
+        return features, valid & (self.written_step[rows] != _NEVER)
+
+    def stored_features(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns what is stored at rows `(n,)` of the tables: `torch.Tensor` of shape `(n, D)`, float32, exact."""
+        if self._mapped is not None:
+            self._mapped.expect(rows, ("features", "scales"))
+        return decode_features(self.features[rows], self.scales[rows])
 
     @torch.no_grad()
     def write(
@@ -145,22 +207,31 @@ class MemoryBank(nn.Module):
             step (`int`): the training step that made the features.
 
         Raises:
-            FloatingPointError: if a feature is not finite; nothing is stored then. It names the slide and the tile.
+            FloatingPointError: if a feature is not finite, or far from L2-normalised; nothing is stored then. It names
+                the slide and the tile.
         """
         rows, valid = self._rows(slides, tiles)
         owner = slides.to(rows.device)[:, None].expand_as(rows)[valid]
-        rows, fresh = rows[valid], features.detach().to(self.features.device)[valid].to(self.features.dtype)
-        if not torch.isfinite(fresh).all():
-            where = int((~torch.isfinite(fresh)).any(dim=1).nonzero()[0])
-            tile = int(rows[where] - self.slide_start[owner[where]])
-            raise FloatingPointError(f"The feature of tile {tile} of slide {int(owner[where])} is not finite.")
-        stored = self.written_step[rows] != _NEVER
-        self._accumulate(owner[stored], self.codeword[rows[stored]].long(), self.features[rows[stored]], sign=-1)
-        codeword = assign_codewords(fresh.float(), codebook.to(fresh.device).float())
+        rows, fresh = rows[valid], features.detach().to(self.features.device)[valid].float()
+        self._refuse_unusable(rows, owner, fresh)
+        numbers, scales = encode_features(fresh, self.features.dtype)
+        fresh, before = decode_features(numbers, scales), self.written_step[rows]
+        stored = before != _NEVER
+        old = self.stored_features(rows[stored])
+        self._accumulate(owner[stored], self.codeword[rows[stored]].long(), old, sign=-1)
+        codeword = assign_codewords(fresh, codebook.to(fresh.device).float())
         self._accumulate(owner, codeword, fresh, sign=1)
-        self.features[rows] = fresh
+        self.features[rows], self.scales[rows] = numbers, scales
         self.codeword[rows] = codeword.to(self.codeword.dtype)
         self.written_step[rows] = step
+        self._count_steps(before[stored], sign=-1)
+        self._count_steps(torch.full_like(before, step), sign=1, latest=step)
+        self._note_drift(old, fresh[stored], step)
+        if self.on_write is not None:
+            self.on_write(rows)
+        self._num_writes += 1
+        if self._mapped is not None and self._num_writes % _WRITES_PER_RELEASE == 0:
+            self._mapped.release()
 
     @torch.no_grad()
     def residuals_of_others(
@@ -183,43 +254,59 @@ class MemoryBank(nn.Module):
         place = torch.arange(len(slides), device=rows.device)[:, None].expand_as(rows)[stored]
         codeword = self.codeword[rows[stored]].long()
         flat = place * self.num_codewords + codeword
-        sums.view(-1, self.hidden_size).index_add_(0, flat, self.features[rows[stored]].double(), alpha=-1)
+        sums.view(-1, self.hidden_size).index_add_(0, flat, self.stored_features(rows[stored]).double(), alpha=-1)
         counts.view(-1).index_add_(0, flat, torch.full_like(flat, -1))
         residuals = sums - counts[..., None] * codebook.to(sums.device, torch.float64)
         return residuals.float(), counts
 
     @torch.no_grad()
-    def rebuild_sums(self, codebook: torch.Tensor) -> None:
-        """Assigns every stored feature to its codeword of a new codebook `(K, D)` and recomputes all running sums."""
-        self.feature_sums.zero_()
-        self.counts.zero_()
-        codebook = codebook.to(self.features.device).float()
-        for slide, (start, end) in enumerate(
-            zip(self.slide_start[:-1].tolist(), self.slide_start[1:].tolist(), strict=True)
-        ):
-            rows = torch.arange(start, end, device=self.features.device)
-            rows = rows[self.written_step[rows] != _NEVER]
-            codeword = assign_codewords(self.features[rows].float(), codebook)
-            self.codeword[rows] = codeword.to(self.codeword.dtype)
-            self._accumulate(torch.full_like(rows, slide), codeword, self.features[rows], sign=1)
-
-    def health(self, step: int) -> dict[str, float]:
-        """Says how full and how old the bank is.
+    def rebuild_sums(self, codebook: torch.Tensor | None = None, slides: Sequence[int] | None = None) -> None:
+        """Recomputes everything that is derived from the stored features of slides.
 
         Args:
-            step (`int`): the current training step.
+            codebook (`torch.Tensor` of shape `(K, D)`, float, *optional*): a new codebook, to which every stored
+                feature is assigned; by default each keeps its codeword.
+            slides (sequence of `int`, *optional*): slides; by default all.
+        """
+        slides = range(len(self.counts)) if slides is None else slides
+        if codebook is not None:
+            codebook = codebook.to(self.features.device).float()
+        starts = self.slide_start.tolist()
+        for slide in slides:
+            self.codeword_counts -= self.counts[slide]
+            self.feature_sums[slide], self.counts[slide] = 0, 0
+            for start in range(starts[slide], starts[slide + 1], _ROWS_PER_CHUNK):
+                rows = torch.arange(
+                    start, min(start + _ROWS_PER_CHUNK, starts[slide + 1]), device=self.features.device
+                )
+                rows = rows[self.written_step[rows] != _NEVER]
+                features = self.stored_features(rows)
+                if codebook is not None:
+                    self.codeword[rows] = assign_codewords(features, codebook).to(self.codeword.dtype)
+                self._accumulate(torch.full_like(rows, slide), self.codeword[rows].long(), features, sign=1)
+            if self._mapped is not None:
+                self._mapped.release()
+        if codebook is not None and self.on_write is not None:
+            self.on_write(None)
+
+    def health(self, step: int, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
+        """Says how full, how old and how well spread the bank is; takes O(K + steps), whatever the number of tiles.
+
+        Args:
+            step (`int`): the current training step; nothing that is stored is newer.
+            reduce (callable, *optional*): sums a float64 tensor over all processes; the result then is of all tiles.
 
         Returns:
-            `dict`: `coverage` (share of tiles with a feature), `mean_age_steps` of those features, and
-            `codewords_used` (share of codewords with at least one tile).
+            `dict`: see `describe_health`.
         """
-        stored = self.written_step != _NEVER
-        age = (step - self.written_step[stored]).double()
-        return {
-            "coverage": float(stored.double().mean()) if len(stored) else 0.0,
-            "mean_age_steps": float(age.mean()) if len(age) else 0.0,
-            "codewords_used": float((self.counts.sum(dim=0) > 0).double().mean()) if len(self.counts) else 0.0,
-        }
+        written = torch.zeros(step + 1, dtype=torch.float64, device=self.step_counts.device)
+        known = self.step_counts[: step + 1]
+        written[: len(known)] = known.double()
+        sums = [self.slide_start[-1:].double(), self.drift_sums, self.codeword_counts.double(), written]
+        flat = torch.cat(sums)
+        flat = (flat if reduce is None else reduce(flat)).cpu()
+        tiles, drift, codewords, written = flat.split([len(part) for part in (flat[:1], *sums[1:])])
+        return describe_health(float(tiles), drift, codewords, written)
 
     def slide_state(self, slides: Sequence[int]) -> dict[str, torch.Tensor]:
         """Returns everything stored of some slides (on CPU), for a checkpoint: tile rows in the order of `slides`."""
@@ -228,6 +315,7 @@ class MemoryBank(nn.Module):
         index = torch.as_tensor(list(slides), dtype=torch.int64, device=self.counts.device)
         return state | {name: getattr(self, name)[index].cpu() for name in _SLIDE_TABLES}
 
+    @torch.no_grad()
     def load_slide_state(self, slides: Sequence[int], state: dict[str, torch.Tensor]) -> None:
         """Puts back what `slide_state` returned, for the same slides.
 
@@ -237,15 +325,30 @@ class MemoryBank(nn.Module):
         rows = self._tile_rows(slides)
         index = torch.as_tensor(list(slides), dtype=torch.int64, device=self.counts.device)
         for name in (*_TILE_TABLES, *_SLIDE_TABLES):
-            table, saved = getattr(self, name), state[name]
-            place = rows if name in _TILE_TABLES else index
-            if saved.shape != (len(place), *table.shape[1:]) or saved.dtype != table.dtype:
-                raise ValueError(
-                    f"Memory bank table `{name}` of the checkpoint has shape {tuple(saved.shape)} and {saved.dtype}, "
-                    f"but {(len(place), *table.shape[1:])} and {table.dtype} are allocated: the slides, the tile "
-                    "encoder's width or the bank's dtype differ from those of the checkpoint."
-                )
-            table[place] = saved.to(table.device)
+            check_table(name, state[name], getattr(self, name), len(rows if name in _TILE_TABLES else index))
+        self.codeword_counts -= self.counts[index].sum(dim=0)
+        self.load_rows(rows, {name: state[name] for name in _TILE_TABLES})
+        for name in _SLIDE_TABLES:
+            getattr(self, name)[index] = state[name].to(self.counts.device)
+        self.codeword_counts += self.counts[index].sum(dim=0)
+
+    def load_rows(self, rows: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """Puts back rows of the tables by tile; sums are not touched: `rebuild_sums` makes them anew.
+
+        Args:
+            rows (`torch.Tensor` of shape `(n,)`, int64): rows.
+            state (`dict` of tensors): `features`, `scales`, `written_step` and `codeword`, n rows each.
+
+        Raises:
+            ValueError: if the shapes or dtypes differ from what was allocated.
+        """
+        for name in _TILE_TABLES:
+            check_table(name, state[name], getattr(self, name), len(rows))
+        before, after = self.written_step[rows], state["written_step"].to(rows.device)
+        self._count_steps(before[before != _NEVER], sign=-1)
+        self._count_steps(after[after != _NEVER], sign=1, latest=int(after.max()) if len(after) else 0)
+        for name in _TILE_TABLES:
+            getattr(self, name)[rows] = state[name].to(rows.device)
 
     def _rows(self, slides: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of tiles (padding points at row 0) and the mask of real tiles, both `(B, M)`."""
@@ -261,8 +364,35 @@ class MemoryBank(nn.Module):
         ranges = [torch.arange(starts[slide], starts[slide + 1]) for slide in slides]
         return torch.cat(ranges or [torch.arange(0)]).to(self.features.device)
 
+    def _refuse_unusable(self, rows: torch.Tensor, owner: torch.Tensor, fresh: torch.Tensor) -> None:
+        # A comparison with NaN is false.
+        usable = (fresh.abs() <= FEATURE_LIMIT).all(dim=1)
+        if not usable.all():
+            where = int((~usable).nonzero()[0])
+            tile = int(rows[where] - self.slide_start[owner[where]])
+            is_finite = bool(torch.isfinite(fresh[where]).all())
+            found = f"beyond {FEATURE_LIMIT:g}, though features are L2-normalised" if is_finite else "not finite"
+            raise FloatingPointError(f"The feature of tile {tile} of slide {int(owner[where])} is {found}.")
+
     def _accumulate(self, slides: torch.Tensor, codeword: torch.Tensor, features: torch.Tensor, sign: int) -> None:
         """Adds features `(n, D)` at their slide and codeword to the running sums, or with `sign=-1` takes them out."""
-        flat = slides * self.num_codewords + codeword
+        flat, ones = slides * self.num_codewords + codeword, torch.full_like(codeword, sign)
         self.feature_sums.view(-1, self.hidden_size).index_add_(0, flat, features.double(), alpha=sign)
-        self.counts.view(-1).index_add_(0, flat, torch.full_like(flat, sign))
+        self.counts.view(-1).index_add_(0, flat, ones)
+        self.codeword_counts.index_add_(0, codeword, ones)
+
+    def _count_steps(self, steps: torch.Tensor, *, sign: int, latest: int = 0) -> None:
+        """Counts tiles as last written at `steps` `(n,)`, none of them after `latest` or what was counted before."""
+        if latest >= len(self.step_counts):
+            longer = self.step_counts.new_zeros(max(latest + 1, 2 * len(self.step_counts)))
+            longer[: len(self.step_counts)] = self.step_counts
+            self.step_counts = longer
+        steps = steps.long()
+        self.step_counts.index_add_(0, steps, torch.full_like(steps, sign))
+
+    def _note_drift(self, old: torch.Tensor, fresh: torch.Tensor, step: int) -> None:
+        """Adds how far tiles moved, from what was stored to what is stored now `(n, D)`, to that of the same step."""
+        if step != self._drift_step:
+            self.drift_sums.zero_()
+            self._drift_step = step
+        self.drift_sums += measure_drift(old, fresh)

@@ -57,9 +57,17 @@ class TrainConfig:
         "'paper': s sampled and r retrieved tiles; 'full': all tiles of the slide, by running sums; 'corrected': "
         "full, with stored features moved along by the drift that the sampled tiles show",
     )
-    bank_dtype: Literal["float16", "bfloat16", "float32"] = _setting("float16", "type of stored features")
-    bank_device: Literal["model", "cpu"] = _setting(
-        "model", "where the bank lives: beside the model, or in host memory"
+    bank_dtype: Literal["float16", "bfloat16", "int8", "float32"] = _setting("float16", "type of stored features")
+    bank_device: Literal["model", "cpu", "disk"] = _setting(
+        "model", "where the bank lives: beside the model, in host memory, or mapped from a file on a disk"
+    )
+    bank_dir: str | None = _setting(
+        None, "folder on a fast local disk for `bank_device: disk`; default inside output_dir"
+    )
+    bank_init: str | None = _setting(
+        None,
+        "tile features to start the bank from instead of a first pass: a folder that `dre-slcl bank --export`, "
+        "TRIDENT or another tool wrote",
     )
     first_pass_tiles_per_slide: int | None = _setting(
         None, "tiles of each slide that are encoded into the bank before training and at refits; default all"

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from modeling_dre_slcl.atomic_files import atomic_folder, read_json, remove_temporary
 from modeling_dre_slcl.residual_encoder import residual_sums
 
-from .bank_filling import BankFiller
+from .bank_filling import BankFiller, allocate_bank
 from .build_model import build_model
 from .checkpoint import (
     CheckpointError,
@@ -40,7 +40,15 @@ from .tile_source import check_geometry
 
 logger = logging.getLogger(__name__)
 # A resumed run may differ in these; with any other difference it would not be the same run.
-_FREE_SETTINGS = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "output_dir", "slides_root")
+_FREE_SETTINGS = (
+    "num_workers",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "log_steps",
+    "output_dir",
+    "slides_root",
+    "bank_dir",
+)
 _TEXT_PREFIX = "text_encoder."
 
 
@@ -128,11 +136,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, config))
         # Only the forward pass goes through DistributedDataParallel; everything else speaks to the model itself.
         self.unwrapped = self.accelerator.unwrap_model(self.model)
-        self.unwrapped.memory_bank.allocate(
-            self.data.num_tiles_owned(),
-            dtype=getattr(torch, config.bank_dtype),
-            device=self.device if config.bank_device == "model" else "cpu",
-        )
+        allocate_bank(self.unwrapped.memory_bank, self.data.num_tiles_owned(), config, self.accelerator)
         self.filler = BankFiller(
             self.data,
             self.parts.image_processor,
@@ -286,9 +290,9 @@ class Trainer:
         return bool(stop)
 
     def _log(self, completed: int, row: dict[str, float]) -> None:
-        health = self.unwrapped.memory_bank.health(completed)
-        values = torch.tensor(list(health.values()), dtype=torch.float64, device=self.device)
-        health = dict(zip(health, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        health = self.unwrapped.memory_bank.health(
+            completed, reduce=lambda sums: self.accelerator.reduce(sums.to(self.device), "sum")
+        )
         if self.is_main:
             scale = self.unwrapped.logit_scale.exp().item()
             row = {"step": completed, **row, "logit_scale": scale} | {f"bank_{k}": v for k, v in health.items()}

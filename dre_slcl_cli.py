@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "tiles": ("dre_slcl.training.tiles_command", "tile slides into a Hugging Face dataset"),
     "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),
+    "bank": ("dre_slcl.training.bank_command", "look into the memory bank of a training run"),
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
     "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),
     "export": ("dre_slcl.training.export_dataset", "write a slide dataset in the layout of another tool"),

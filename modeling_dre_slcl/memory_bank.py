@@ -27,8 +27,8 @@ from .bank_storage import MappedTables, bank_tables, check_room, check_table, ma
 from .residual_encoder import assign_codewords
 
 _NEVER = -1
-_SLIDE_TABLES = ("feature_sums", "counts")
-_TILE_TABLES = ("features", "scales", "written_step", "codeword")
+SLIDE_TABLES = ("feature_sums", "counts")
+TILE_TABLES = ("features", "scales", "written_step", "codeword")
 _ROWS_PER_CHUNK = 1 << 14  # of passes over whole slides
 _WRITES_PER_RELEASE = 64  # of mapped pages, so that a process holds those of so many steps at most
 
@@ -85,7 +85,7 @@ class MemoryBank(nn.Module):
             may have changed.
     """
 
-    BUFFER_NAMES = (*_TILE_TABLES, *_SLIDE_TABLES, "slide_start", "codeword_counts", "step_counts", "drift_sums")
+    BUFFER_NAMES = (*TILE_TABLES, *SLIDE_TABLES, "slide_start", "codeword_counts", "step_counts", "drift_sums")
 
     def __init__(self, hidden_size: int, num_codewords: int) -> None:
         super().__init__()
@@ -311,9 +311,9 @@ class MemoryBank(nn.Module):
     def slide_state(self, slides: Sequence[int]) -> dict[str, torch.Tensor]:
         """Returns everything stored of some slides (on CPU), for a checkpoint: tile rows in the order of `slides`."""
         rows = self._tile_rows(slides)
-        state = {name: getattr(self, name)[rows].cpu() for name in _TILE_TABLES}
+        state = {name: getattr(self, name)[rows].cpu() for name in TILE_TABLES}
         index = torch.as_tensor(list(slides), dtype=torch.int64, device=self.counts.device)
-        return state | {name: getattr(self, name)[index].cpu() for name in _SLIDE_TABLES}
+        return state | {name: getattr(self, name)[index].cpu() for name in SLIDE_TABLES}
 
     @torch.no_grad()
     def load_slide_state(self, slides: Sequence[int], state: dict[str, torch.Tensor]) -> None:
@@ -324,11 +324,11 @@ class MemoryBank(nn.Module):
         """
         rows = self._tile_rows(slides)
         index = torch.as_tensor(list(slides), dtype=torch.int64, device=self.counts.device)
-        for name in (*_TILE_TABLES, *_SLIDE_TABLES):
-            check_table(name, state[name], getattr(self, name), len(rows if name in _TILE_TABLES else index))
+        for name in (*TILE_TABLES, *SLIDE_TABLES):
+            check_table(name, state[name], getattr(self, name), len(rows if name in TILE_TABLES else index))
         self.codeword_counts -= self.counts[index].sum(dim=0)
-        self.load_rows(rows, {name: state[name] for name in _TILE_TABLES})
-        for name in _SLIDE_TABLES:
+        self.load_rows(rows, {name: state[name] for name in TILE_TABLES})
+        for name in SLIDE_TABLES:
             getattr(self, name)[index] = state[name].to(self.counts.device)
         self.codeword_counts += self.counts[index].sum(dim=0)
 
@@ -342,12 +342,12 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: if the shapes or dtypes differ from what was allocated.
         """
-        for name in _TILE_TABLES:
+        for name in TILE_TABLES:
             check_table(name, state[name], getattr(self, name), len(rows))
         before, after = self.written_step[rows], state["written_step"].to(rows.device)
         self._count_steps(before[before != _NEVER], sign=-1)
         self._count_steps(after[after != _NEVER], sign=1, latest=int(after.max()) if len(after) else 0)
-        for name in _TILE_TABLES:
+        for name in TILE_TABLES:
             getattr(self, name)[rows] = state[name].to(rows.device)
 
     def _rows(self, slides: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

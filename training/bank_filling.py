@@ -26,6 +26,11 @@ from .tile_source import TileSource
 logger = logging.getLogger(__name__)
 
 
+def bank_folder(config: TrainConfig) -> Path | None:
+    """Returns the folder that the bank is mapped from, `None` where it is kept in memory."""
+    return Path(config.bank_dir or Path(config.output_dir) / "bank") if config.bank_device == "disk" else None
+
+
 def allocate_bank(bank: MemoryBank, num_tiles: list[int], config: TrainConfig, accelerator: Accelerator) -> None:
     """Makes room for the slides of this process where the settings say.
 
@@ -38,12 +43,11 @@ def allocate_bank(bank: MemoryBank, num_tiles: list[int], config: TrainConfig, a
     Raises:
         ValueError: if the bank does not fit there.
     """
-    folder = Path(config.bank_dir or Path(config.output_dir) / "bank") if config.bank_device == "disk" else None
     bank.allocate(
         num_tiles,
         dtype=getattr(torch, config.bank_dtype),
         device=accelerator.device if config.bank_device == "model" else "cpu",
-        folder=folder,
+        folder=bank_folder(config),
         num_sharing=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 

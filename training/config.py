@@ -64,6 +64,9 @@ class TrainConfig:
     bank_dir: str | None = _setting(
         None, "folder on a fast local disk for `bank_device: disk`; default inside output_dir"
     )
+    bank_whole_mib: int = _setting(
+        256, "a shard of the bank up to this size is saved whole; a larger one as a base and the rows changed since"
+    )
     bank_init: str | None = _setting(
         None,
         "tile features to start the bank from instead of a first pass: a folder that `dre-slcl bank --export`, "
@@ -118,7 +121,13 @@ class TrainConfig:
         if not self.dataset or not self.output_dir:
             raise ValueError("`dataset` and `output_dir` must be given.")
         at_least = {"slides_per_batch": 2, "tiles_per_slide": 1, "num_steps": 1, "checkpoint_steps": 1, "log_steps": 1}
-        at_least |= {"keep_checkpoints": 1, "encode_batch_size": 1, "retrieved_per_slide": 0, "finalize_steps": 0}
+        at_least |= {
+            "keep_checkpoints": 1,
+            "encode_batch_size": 1,
+            "bank_whole_mib": 0,
+            "retrieved_per_slide": 0,
+            "finalize_steps": 0,
+        }
         at_least |= {"num_workers": 0, "warmup_steps": 0, "augment_stain": 0, "weight_decay": 0, "codebook_sample": 1}
         for name, least in at_least.items():
             if getattr(self, name) < least:

@@ -20,11 +20,14 @@ from modeling_dre_slcl.atomic_files import atomic_folder, read_json, remove_temp
 from modeling_dre_slcl.residual_encoder import residual_sums
 
 from .bank_filling import BankFiller, allocate_bank
+from .bank_journal import BankJournal
+from .bank_report import draw_bank_report, summarize_bank
+from .bank_start import start_bank
 from .build_model import build_model
 from .checkpoint import (
     CheckpointError,
     CheckpointFolder,
-    bank_file,
+    checkpoint_name,
     load_tensors,
     optimizer_tensors,
     restore_optimizer,
@@ -48,6 +51,7 @@ _FREE_SETTINGS = (
     "output_dir",
     "slides_root",
     "bank_dir",
+    "bank_whole_mib",
 )
 _TEXT_PREFIX = "text_encoder."
 
@@ -137,6 +141,12 @@ class Trainer:
         # Only the forward pass goes through DistributedDataParallel; everything else speaks to the model itself.
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         allocate_bank(self.unwrapped.memory_bank, self.data.num_tiles_owned(), config, self.accelerator)
+        self.journal = BankJournal(
+            self.unwrapped.memory_bank,
+            {shard: self.data.bank_places(self.data.shards[shard]).tolist() for shard in self.data.owned_shards},
+            len(self.data.shards),
+            whole_bytes=config.bank_whole_mib << 20,
+        )
         self.filler = BankFiller(
             self.data,
             self.parts.image_processor,
@@ -150,7 +160,10 @@ class Trainer:
         """Restores the newest valid checkpoint, or makes the first; returns the number of completed steps."""
         path = self.checkpoints.newest()
         if path is None:
-            self.filler.fill(self.unwrapped, 0, self.config.first_pass_tiles_per_slide)
+            if self.config.bank_init:
+                start_bank(self.unwrapped, self.data, self.config.bank_init)
+            else:
+                self.filler.fill(self.unwrapped, 0, self.config.first_pass_tiles_per_slide)
             self.filler.fit(self.unwrapped, self.config.codebook_sample)
             if self.is_main:
                 self.metrics.rewind(-1)
@@ -163,9 +176,7 @@ class Trainer:
         if wrong:
             raise CheckpointError(f"{path}/model.safetensors does not fit this model: `{wrong[0]}`.")
         restore_optimizer(self.optimizer, self.parameter_names, load_tensors(path / "optimizer.safetensors"))
-        for shard in self.data.owned_shards:
-            tensors = load_tensors(path / bank_file(shard, len(self.data.shards)))
-            self.unwrapped.memory_bank.load_slide_state(self._shard_places(shard), tensors)
+        self.journal.restore(path)
         if self.is_main:
             self.metrics.rewind(state["step"])
             logger.info("Going on from %s.", path)
@@ -290,20 +301,18 @@ class Trainer:
         return bool(stop)
 
     def _log(self, completed: int, row: dict[str, float]) -> None:
-        health = self.unwrapped.memory_bank.health(
-            completed, reduce=lambda sums: self.accelerator.reduce(sums.to(self.device), "sum")
-        )
+        health = self.unwrapped.memory_bank.health(completed, self._sum_over_processes)
         if self.is_main:
             scale = self.unwrapped.logit_scale.exp().item()
             row = {"step": completed, **row, "logit_scale": scale} | {f"bank_{k}": v for k, v in health.items()}
             self.metrics.append(row)
 
-    def _shard_places(self, shard: int) -> list[int]:
-        return self.data.bank_places(self.data.shards[shard]).tolist()
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values.to(self.device), "sum")
 
     def _save(self, completed: int) -> None:
         """Writes a checkpoint. Collective."""
-        bank, shards = self.unwrapped.memory_bank, self.data.shards
+        bank_shards, bank_links = self.journal.files(completed)
         state = self.unwrapped.state_dict() if self.is_main else {}
         weights = {
             name: value.cpu().contiguous() for name, value in state.items() if not name.startswith(_TEXT_PREFIX)
@@ -312,16 +321,18 @@ class Trainer:
             completed,
             model_state=weights,
             optimizer_state=optimizer_tensors(self.optimizer, self.parameter_names) if self.is_main else {},
-            bank_shards={
-                bank_file(shard, len(shards)): bank.slide_state(self._shard_places(shard))
-                for shard in self.data.owned_shards
-            },
+            bank_shards=bank_shards,
+            bank_links=bank_links,
             trainer_state={"step": completed, "config": self.config.to_dict()},
         )
+        self.journal.committed(self.checkpoints.folder / checkpoint_name(completed))
 
     def _save_model(self) -> None:
         """Writes the final model to `<output_dir>/model`, as `from_pretrained` and `dre-slcl publish` take it."""
+        bank = self.unwrapped.memory_bank
+        summary = summarize_bank(bank, self.data, self._last_step, self._sum_over_processes)
         if self.is_main:
+            draw_bank_report(summary, self.output_dir / "bank_report.png", self.output_dir / "metrics.jsonl")
             self.parts.model = self.unwrapped
             remove_temporary(self.output_dir)
             with atomic_folder(self.output_dir / "model") as temporary:

@@ -81,22 +81,23 @@ def check_room(
     Raises:
         ValueError: with what is needed and what is free.
     """
-    needed, free = num_sharing * sum(table.num_bytes for table in tables.values()), None
-    where = f"on {device}"
+    if folder is None and device.type == "cuda":  # each process has one of its own
+        num_sharing = 1
+    each, free, where = sum(table.num_bytes for table in tables.values()), None, f"on {device}"
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         where, free = f"on the disk of {folder}", shutil.disk_usage(folder).free
     elif device.type == "cuda":
-        free, num_sharing = torch.cuda.mem_get_info(device)[0], 1
+        free = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu":
         where, free = "in host memory", available_host_bytes()
-    if free is not None and needed > free:
+    if free is not None and each * num_sharing > free:
         tiles, width = tables["features"].shape
         dtype = str(tables["features"].dtype).removeprefix("torch.")
-        times = f", for each of {num_sharing} processes" if num_sharing > 1 else ""
+        times = f" for each of {num_sharing} processes" if num_sharing > 1 else ""
         raise ValueError(
             f"The memory bank does not fit {where}: {tiles} tiles of width {width} in {dtype} need "
-            f"{needed / _GIB:.2f} GiB{times}, {free / _GIB:.2f} GiB are free. Choose a smaller `bank_dtype` (int8), "
+            f"{each / _GIB:.2f} GiB{times}, {free / _GIB:.2f} GiB are free. Choose a smaller `bank_dtype` (int8), "
             "another `bank_device` (cpu, disk) or `bank_dir`, or train on fewer tiles."
         )
 

@@ -22,6 +22,7 @@ OPTIONS = {
         "--val-fraction",
     ],
     "train": ["--config", "--dataset", "--output-dir", "--slides-per-batch", "--bank-mode", "--text-model"],
+    "bank": ["--json", "--draw", "--export"],
     "embed": ["--model", "--slides", "--out", "--mpp", "--tile-features", "--device"],
     "evaluate": ["--model", "--dataset", "--label-column", "--out"],
     "export": ["--dataset", "--format", "--out"],

@@ -69,7 +69,8 @@ def open_bank(path: str | Path, stack: ExitStack) -> OpenedBank:
     codebook = load_tensors(checkpoint / "model.safetensors")[_CODEBOOK]
     bank, folder = MemoryBank(codebook.shape[1], len(codebook)), bank_folder(config)
     if folder is not None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=config.bank_dir)))
+        parent = config.bank_dir if config.bank_dir and Path(config.bank_dir).is_dir() else None
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent)))
     bank.allocate(data.num_tiles_owned(), dtype=getattr(torch, config.bank_dtype), device="cpu", folder=folder)
     shards = {shard: data.bank_places(data.shards[shard]).tolist() for shard in data.owned_shards}
     BankJournal(bank, shards, len(data.shards), whole_bytes=0).restore(checkpoint)

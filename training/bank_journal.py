@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from modeling_dre_slcl import MemoryBank
-from modeling_dre_slcl.memory_bank import TILE_TABLES
+from modeling_dre_slcl.bank_tables import TILE_TABLES
 
 from .checkpoint import CheckpointError, bank_file, load_tensors
 

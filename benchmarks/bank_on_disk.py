@@ -33,7 +33,7 @@ from modeling_dre_slcl import DreSlclConfig, DreSlclModel, MemoryBank
 from modeling_dre_slcl.bank_storage import bank_tables
 
 NUM_SLIDES, TILES_PER_SLIDE, WIDTH, CODEWORDS = 11_000, 15_000, 384, 16
-SLIDES_PER_BATCH, SAMPLED, STORED, STAND_IN_TILES = 4, 32, 64, 8
+SLIDES_PER_BATCH, SAMPLED, STORED, STAND_IN_TILES = 4, 32, 64, 4
 
 
 class BankSteps:
@@ -143,7 +143,7 @@ def main() -> None:
         inside, mapped = BankSteps(max(8, num_slides // 20), None), BankSteps(num_slides, folder)
         bank_only = median_ms({"inside": inside.run, "mapped": mapped.run}, 300)
         encode = encoder_stand_in()
-        whole = median_ms({"inside": lambda: (encode(), inside.run()), "mapped": lambda: (encode(), mapped.run())}, 20)
+        whole = median_ms({"inside": lambda: (encode(), inside.run()), "mapped": lambda: (encode(), mapped.run())}, 12)
         encoder_ms = median_ms({"encoder": encode}, 5)["encoder"]
         empty_cache(mapped.bank)
         cold = median_ms({"cold": mapped.run}, 20)["cold"]

@@ -141,10 +141,10 @@ def main() -> None:
         small = memory_of(num_slides // 10, folder, 300)
         large = memory_of(num_slides, folder, 300)
         inside, mapped = BankSteps(max(8, num_slides // 20), None), BankSteps(num_slides, folder)
-        bank_only = median_ms({"inside": inside.run, "mapped": mapped.run}, 300)
+        bank_only = median_ms({"inside": inside.run, "mapped": mapped.run}, 150)
         encode = encoder_stand_in()
-        whole = median_ms({"inside": lambda: (encode(), inside.run()), "mapped": lambda: (encode(), mapped.run())}, 12)
-        encoder_ms = median_ms({"encoder": encode}, 5)["encoder"]
+        whole = median_ms({"inside": lambda: (encode(), inside.run()), "mapped": lambda: (encode(), mapped.run())}, 8)
+        encoder_ms = median_ms({"encoder": encode}, 3)["encoder"]
         empty_cache(mapped.bank)
         cold = median_ms({"cold": mapped.run}, 20)["cold"]
         used = status.f_bavail - os.statvfs(folder).f_bavail

@@ -12,6 +12,7 @@ COMMANDS = {
     "tiles": ("dre_slcl.training.tiles_command", "tile slides into a Hugging Face dataset"),
     "convert-encoder": ("dre_slcl.training.convert_encoder", "pickled weights of a tile encoder as safetensors"),
     "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),
+    "bank": ("dre_slcl.training.bank_command", "look into the memory bank of a training run"),
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
     "explain": ("dre_slcl.training.explain_slide", "show which tiles of a slide speak for a text or a class"),
     "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),

@@ -6,83 +6,29 @@ broadcast. Each process holds the slides it owns. Tile t of slide i is row `slid
 
 Beside the features it keeps, per slide, their sum and number at each codeword. The residuals of ALL tiles of a slide
 then cost O(sampled tiles): take the stored part of the sampled tiles out, put their fresh one in. What is subtracted
-is exactly what was added (the stored, rounded feature at its stored codeword); with float16 features and float64 sums
-every sum is exact, so running sums never drift, in whatever order tiles are written.
+is exactly what was added (the stored, rounded feature at its stored codeword), and every float64 sum is exact
+(`bank_codec` says why), so running sums never drift, in whatever order tiles are written and on whatever device.
 
-Letters: S slides, B slides in a step, M tiles of each, K codewords, D feature width.
+Nothing that a step or a line of the log does takes time or memory that grows with the tiles of a slide or of the bank.
+
+Letters: S slides, B slides in a step, M tiles of each, K codewords, D feature width, T steps.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
+from .bank_codec import FEATURE_LIMIT, decode_features, encode_features
+from .bank_health import describe_health, measure_drift
+from .bank_tables import NEVER, BankTables
 from .residual_encoder import assign_codewords
 
-_NEVER = -1
-_SLIDE_TABLES = ("feature_sums", "counts")
-_TILE_TABLES = ("features", "written_step", "codeword")
+_ROWS_PER_CHUNK = 1 << 14  # of passes over whole slides
+_WRITES_PER_RELEASE = 64  # of mapped pages, so that a process holds those of so many steps at most
 
 
-class MemoryBank(nn.Module):
-    """Stored tile features of slides, with running sums per codeword.
-
-    Args:
-        hidden_size (`int`): feature width D.
-        num_codewords (`int`): number K of codewords.
-
-    Buffers (all non-persistent):
-        features (`(total tiles, D)`, float16 by default), written_step (`(total tiles,)`, int32, -1 = never),
-        codeword (`(total tiles,)`, int16, -1 = none), feature_sums (`(S, K, D)`, float64), counts (`(S, K)`, int64),
-        slide_start (`(S + 1,)`, int64).
-    """
-
-    BUFFER_NAMES = (*_TILE_TABLES, *_SLIDE_TABLES, "slide_start")
-
-    def __init__(self, hidden_size: int, num_codewords: int) -> None:
-        super().__init__()
-        self.hidden_size, self.num_codewords = hidden_size, num_codewords
-        self.register_buffer("features", torch.empty(0, hidden_size), persistent=False)
-        self.register_buffer("written_step", torch.empty(0, dtype=torch.int32), persistent=False)
-        self.register_buffer("codeword", torch.empty(0, dtype=torch.int16), persistent=False)
-        self.register_buffer("feature_sums", torch.empty(0, num_codewords, hidden_size), persistent=False)
-        self.register_buffer("counts", torch.empty(0, num_codewords, dtype=torch.int64), persistent=False)
-        self.register_buffer("slide_start", torch.empty(0, dtype=torch.int64), persistent=False)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MemoryBank":
-        """Follows the model to another device, but keeps every dtype: `model.half()` must not round the sums."""
-        device = fn(torch.empty(0, device=self.features.device)).device
-        for name in self.BUFFER_NAMES:
-            buffer = getattr(self, name)
-            moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-            setattr(self, name, moved)
-        return self
-
-    def allocate(
-        self,
-        num_tiles: Sequence[int],
-        *,
-        dtype: torch.dtype = torch.float16,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Makes room for slides; everything stored before is dropped.
-
-        Args:
-            num_tiles (sequence of `int`): tiles of each slide, in the order in which slides are addressed.
-            dtype (`torch.dtype`, defaults to `torch.float16`): floating type of stored features. Sums are exact for
-                float16; for wider types they are rounded to float64.
-            device (`torch.device` or `str`, *optional*): where the bank lives; defaults to where it is now.
-        """
-        device = device if device is not None else self.features.device
-        starts = torch.zeros(len(num_tiles) + 1, dtype=torch.int64)
-        starts[1:] = torch.as_tensor(list(num_tiles), dtype=torch.int64).cumsum(0)
-        total, shape = int(starts[-1]), (len(num_tiles), self.num_codewords)
-        self.slide_start = starts.to(device)
-        self.features = torch.zeros(total, self.hidden_size, dtype=dtype, device=device)
-        self.written_step = torch.full((total,), _NEVER, dtype=torch.int32, device=device)
-        self.codeword = torch.full((total,), _NEVER, dtype=torch.int16, device=device)
-        self.feature_sums = torch.zeros(*shape, self.hidden_size, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+class MemoryBank(BankTables):
+    """Stored tile features of slides, with running sums per codeword; arguments and buffers as in `BankTables`."""
 
     def read(self, slides: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads stored features.
@@ -96,7 +42,8 @@ class MemoryBank(nn.Module):
             stored.
         """
         rows, valid = self._rows(slides, tiles)
-        return self.features[rows].float(), valid & (self.written_step[rows] != _NEVER)
+        features = self.stored_features(rows.flatten()).view(*rows.shape, self.hidden_size)
+        return features, valid & (self.written_step[rows] != NEVER)
 
     @torch.no_grad()
     def write(
@@ -112,22 +59,31 @@ class MemoryBank(nn.Module):
             step (`int`): the training step that made the features.
 
         Raises:
-            FloatingPointError: if a feature is not finite; nothing is stored then. It names the slide and the tile.
+            FloatingPointError: if a feature is not finite, or far from L2-normalised; nothing is stored then. It names
+                the slide and the tile.
         """
         rows, valid = self._rows(slides, tiles)
         owner = slides.to(rows.device)[:, None].expand_as(rows)[valid]
-        rows, fresh = rows[valid], features.detach().to(self.features.device)[valid].to(self.features.dtype)
-        if not torch.isfinite(fresh).all():
-            where = int((~torch.isfinite(fresh)).any(dim=1).nonzero()[0])
-            tile = int(rows[where] - self.slide_start[owner[where]])
-            raise FloatingPointError(f"The feature of tile {tile} of slide {int(owner[where])} is not finite.")
-        stored = self.written_step[rows] != _NEVER
-        self._accumulate(owner[stored], self.codeword[rows[stored]].long(), self.features[rows[stored]], sign=-1)
-        codeword = assign_codewords(fresh.float(), codebook.to(fresh.device).float())
+        rows, fresh = rows[valid], features.detach().to(self.features.device)[valid].float()
+        self._refuse_unusable(rows, owner, fresh)
+        numbers, scales = encode_features(fresh, self.features.dtype)
+        fresh, before = decode_features(numbers, scales), self.written_step[rows]
+        stored = before != NEVER
+        old = self.stored_features(rows[stored])
+        self._accumulate(owner[stored], self.codeword[rows[stored]].long(), old, sign=-1)
+        codeword = assign_codewords(fresh, codebook.to(fresh.device).float())
         self._accumulate(owner, codeword, fresh, sign=1)
-        self.features[rows] = fresh
+        self.features[rows], self.scales[rows] = numbers, scales
         self.codeword[rows] = codeword.to(self.codeword.dtype)
         self.written_step[rows] = step
+        self._count_steps(before[stored], sign=-1)
+        self._count_steps(torch.full_like(before, step), sign=1, latest=step)
+        self._note_drift(old, fresh[stored], step)
+        if self.on_write is not None:
+            self.on_write(rows)
+        self._num_writes += 1
+        if self._mapped is not None and self._num_writes % _WRITES_PER_RELEASE == 0:
+            self._mapped.release()
 
     @torch.no_grad()
     def residuals_of_others(
@@ -146,73 +102,63 @@ class MemoryBank(nn.Module):
         rows, valid = self._rows(slides, tiles)
         slides = slides.to(rows.device)
         sums, counts = self.feature_sums[slides].clone(), self.counts[slides].clone()
-        stored = valid & (self.written_step[rows] != _NEVER)
+        stored = valid & (self.written_step[rows] != NEVER)
         place = torch.arange(len(slides), device=rows.device)[:, None].expand_as(rows)[stored]
         codeword = self.codeword[rows[stored]].long()
         flat = place * self.num_codewords + codeword
-        sums.view(-1, self.hidden_size).index_add_(0, flat, self.features[rows[stored]].double(), alpha=-1)
+        sums.view(-1, self.hidden_size).index_add_(0, flat, self.stored_features(rows[stored]).double(), alpha=-1)
         counts.view(-1).index_add_(0, flat, torch.full_like(flat, -1))
         residuals = sums - counts[..., None] * codebook.to(sums.device, torch.float64)
         return residuals.float(), counts
 
     @torch.no_grad()
-    def rebuild_sums(self, codebook: torch.Tensor) -> None:
-        """Assigns every stored feature to its codeword of a new codebook `(K, D)` and recomputes all running sums."""
-        self.feature_sums.zero_()
-        self.counts.zero_()
-        codebook = codebook.to(self.features.device).float()
-        for slide, (start, end) in enumerate(
-            zip(self.slide_start[:-1].tolist(), self.slide_start[1:].tolist(), strict=True)
-        ):
-            rows = torch.arange(start, end, device=self.features.device)
-            rows = rows[self.written_step[rows] != _NEVER]
-            codeword = assign_codewords(self.features[rows].float(), codebook)
-            self.codeword[rows] = codeword.to(self.codeword.dtype)
-            self._accumulate(torch.full_like(rows, slide), codeword, self.features[rows], sign=1)
-
-    def health(self, step: int) -> dict[str, float]:
-        """Says how full and how old the bank is.
+    def rebuild_sums(self, codebook: torch.Tensor | None = None, slides: Sequence[int] | None = None) -> None:
+        """Recomputes everything that is derived from the stored features of slides.
 
         Args:
-            step (`int`): the current training step.
+            codebook (`torch.Tensor` of shape `(K, D)`, float, *optional*): a new codebook, to which every stored
+                feature is assigned; by default each keeps its codeword.
+            slides (sequence of `int`, *optional*): slides; by default all.
+        """
+        slides = range(len(self.counts)) if slides is None else slides
+        if codebook is not None:
+            codebook = codebook.to(self.features.device).float()
+        starts = self.slide_start.tolist()
+        for slide in slides:
+            self.codeword_counts -= self.counts[slide]
+            self.feature_sums[slide], self.counts[slide] = 0, 0
+            for start in range(starts[slide], starts[slide + 1], _ROWS_PER_CHUNK):
+                rows = torch.arange(
+                    start, min(start + _ROWS_PER_CHUNK, starts[slide + 1]), device=self.features.device
+                )
+                rows = rows[self.written_step[rows] != NEVER]
+                features = self.stored_features(rows)
+                if codebook is not None:
+                    self.codeword[rows] = assign_codewords(features, codebook).to(self.codeword.dtype)
+                self._accumulate(torch.full_like(rows, slide), self.codeword[rows].long(), features, sign=1)
+            if self._mapped is not None:
+                self._mapped.release()
+        if codebook is not None and self.on_write is not None:
+            self.on_write(None)
+
+    def health(self, step: int, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
+        """Says how full, how old and how well spread the bank is; takes O(K + steps), whatever the number of tiles.
+
+        Args:
+            step (`int`): the current training step; nothing that is stored is newer.
+            reduce (callable, *optional*): sums a float64 tensor over all processes; the result then is of all tiles.
 
         Returns:
-            `dict`: `coverage` (share of tiles with a feature), `mean_age_steps` of those features, and
-            `codewords_used` (share of codewords with at least one tile).
+            `dict`: see `describe_health`.
         """
-        stored = self.written_step != _NEVER
-        age = (step - self.written_step[stored]).double()
-        return {
-            "coverage": float(stored.double().mean()) if len(stored) else 0.0,
-            "mean_age_steps": float(age.mean()) if len(age) else 0.0,
-            "codewords_used": float((self.counts.sum(dim=0) > 0).double().mean()) if len(self.counts) else 0.0,
-        }
-
-    def slide_state(self, slides: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Returns everything stored of some slides (on CPU), for a checkpoint: tile rows in the order of `slides`."""
-        rows = self._tile_rows(slides)
-        state = {name: getattr(self, name)[rows].cpu() for name in _TILE_TABLES}
-        index = torch.as_tensor(list(slides), dtype=torch.int64, device=self.counts.device)
-        return state | {name: getattr(self, name)[index].cpu() for name in _SLIDE_TABLES}
-
-    def load_slide_state(self, slides: Sequence[int], state: dict[str, torch.Tensor]) -> None:
-        """Puts back what `slide_state` returned, for the same slides.
-
-        Raises:
-            ValueError: if the shapes or dtypes differ from what was allocated.
-        """
-        rows = self._tile_rows(slides)
-        index = torch.as_tensor(list(slides), dtype=torch.int64, device=self.counts.device)
-        for name in (*_TILE_TABLES, *_SLIDE_TABLES):
-            table, saved = getattr(self, name), state[name]
-            place = rows if name in _TILE_TABLES else index
-            if saved.shape != (len(place), *table.shape[1:]) or saved.dtype != table.dtype:
-                raise ValueError(
-                    f"Memory bank table `{name}` of the checkpoint has shape {tuple(saved.shape)} and {saved.dtype}, "
-                    f"but {(len(place), *table.shape[1:])} and {table.dtype} are allocated: the slides, the tile "
-                    "encoder's width or the bank's dtype differ from those of the checkpoint."
-                )
-            table[place] = saved.to(table.device)
+        written = torch.zeros(step + 1, dtype=torch.float64, device=self.step_counts.device)
+        known = self.step_counts[: step + 1]
+        written[: len(known)] = known.double()
+        sums = [self.slide_start[-1:].double(), self.drift_sums, self.codeword_counts.double(), written]
+        flat = torch.cat(sums)
+        flat = (flat if reduce is None else reduce(flat)).cpu()
+        tiles, drift, codewords, written = flat.split([len(part) for part in (flat[:1], *sums[1:])])
+        return describe_health(float(tiles), drift, codewords, written)
 
     def _rows(self, slides: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of tiles (padding points at row 0) and the mask of real tiles, both `(B, M)`."""
@@ -223,13 +169,26 @@ class MemoryBank(nn.Module):
             raise IndexError("A tile index lies beyond the tiles allocated for its slide.")
         return rows, valid
 
-    def _tile_rows(self, slides: Sequence[int]) -> torch.Tensor:
-        starts = self.slide_start.tolist()
-        ranges = [torch.arange(starts[slide], starts[slide + 1]) for slide in slides]
-        return torch.cat(ranges or [torch.arange(0)]).to(self.features.device)
+    def _refuse_unusable(self, rows: torch.Tensor, owner: torch.Tensor, fresh: torch.Tensor) -> None:
+        # A comparison with NaN is false.
+        usable = (fresh.abs() <= FEATURE_LIMIT).all(dim=1)
+        if not usable.all():
+            where = int((~usable).nonzero()[0])
+            tile = int(rows[where] - self.slide_start[owner[where]])
+            is_finite = bool(torch.isfinite(fresh[where]).all())
+            found = f"beyond {FEATURE_LIMIT:g}, though features are L2-normalised" if is_finite else "not finite"
+            raise FloatingPointError(f"The feature of tile {tile} of slide {int(owner[where])} is {found}.")
 
     def _accumulate(self, slides: torch.Tensor, codeword: torch.Tensor, features: torch.Tensor, sign: int) -> None:
         """Adds features `(n, D)` at their slide and codeword to the running sums, or with `sign=-1` takes them out."""
-        flat = slides * self.num_codewords + codeword
+        flat, ones = slides * self.num_codewords + codeword, torch.full_like(codeword, sign)
         self.feature_sums.view(-1, self.hidden_size).index_add_(0, flat, features.double(), alpha=sign)
-        self.counts.view(-1).index_add_(0, flat, torch.full_like(flat, sign))
+        self.counts.view(-1).index_add_(0, flat, ones)
+        self.codeword_counts.index_add_(0, codeword, ones)
+
+    def _note_drift(self, old: torch.Tensor, fresh: torch.Tensor, step: int) -> None:
+        """Adds how far tiles moved, from what was stored to what is stored now `(n, D)`, to that of the same step."""
+        if step != self._drift_step:
+            self.drift_sums.zero_()
+            self._drift_step = step
+        self.drift_sums += measure_drift(old, fresh)

@@ -23,6 +23,7 @@ OPTIONS = {
     ],
     "train": ["--config", "--dataset", "--output-dir", "--slides-per-batch", "--bank-mode", "--text-model"],
     "convert-encoder": ["FILE", "OUT", "--image-size", "--key"],
+    "bank": ["--json", "--draw", "--export"],
     "embed": ["--model", "--slides", "--out", "--mpp", "--tile-features", "--device"],
     "evaluate": ["--model", "--dataset", "--label-column", "--out"],
     "search": ["--index", "--model", "--like", "--slide", "--find", "--top-k", "--out"],

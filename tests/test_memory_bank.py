@@ -80,7 +80,8 @@ def test_a_new_bank_holds_nothing(bank, codebook):
     residuals, counts = bank.residuals_of_others(*every_tile(), codebook)
     assert not residuals.any()
     assert not counts.any()
-    assert bank.health(0) == {"coverage": 0.0, "mean_age_steps": 0.0, "codewords_used": 0.0}
+    health = bank.health(0)
+    assert {health[name] for name in ("coverage", "mean_age_steps", "max_age_steps", "codewords_used")} == {0.0}
 
 
 def test_running_sums_stay_bit_equal_to_fresh_sums_after_thousands_of_writes(bank, codebook):
@@ -141,17 +142,19 @@ def test_a_new_codebook_reassigns_every_stored_tile(bank, codebook):
     for (slide, tile), (feature, step) in remembered.items():
         again.write(torch.tensor([slide]), torch.tensor([[tile]]), feature[None, None], other, step)
     for name in MemoryBank.BUFFER_NAMES:
-        assert torch.equal(getattr(bank, name), getattr(again, name)), name
+        if name not in ("step_counts", "drift_sums"):  # their lengths and the latest writes differ
+            assert torch.equal(getattr(bank, name), getattr(again, name)), name
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_refuses_features_that_are_not_finite_and_stores_nothing(bank, codebook, value):
-    """1e6 is finite, but not in the float16 that would be stored."""
+@pytest.mark.parametrize(
+    ("value", "found"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (-1e6, "beyond 16")]
+)
+def test_refuses_features_that_are_not_finite_or_huge_and_stores_nothing(bank, codebook, value, found):
     write_at_random(bank, codebook, 20)
     before = copy.deepcopy(bank.state_dict(keep_vars=True) | dict(bank.named_buffers()))
     features = unit_features(2, 2)
     features[1, 0, 3] = value
-    with pytest.raises(FloatingPointError, match="The feature of tile 4 of slide 0 is not finite"):
+    with pytest.raises(FloatingPointError, match=f"The feature of tile 4 of slide 0 is {found}"):
         bank.write(torch.tensor([2, 0]), torch.tensor([[0, 1], [4, 2]]), features, codebook, step=21)
     for name, buffer in bank.named_buffers():
         assert torch.equal(buffer, before[name]), name

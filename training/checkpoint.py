@@ -7,6 +7,7 @@
     optimizer.safetensors           the optimizer's tensors, `<parameter>.<state>`
     average.safetensors             the running average of the weights, with `ema_decay`
     bank-00003-of-00008.safetensors the memory bank of virtual shard 3, one file per shard
+    strata-00003-of-00008.safetensors  what each of its tiles is drawn by, in the modes that draw by codeword
     trainer_state.json              step, best validation, and the settings of the run
     manifest.json                   SHA-256 and size of each file above; written last
 ```
@@ -18,7 +19,7 @@ the shards it owns, and the main process does the rest.
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class CheckpointFolder:
         step: int,
         *,
         tensors: dict[str, dict[str, torch.Tensor]],
-        bank_shards: dict[str, dict[str, torch.Tensor]],
+        bank_shards: Mapping[str, dict[str, torch.Tensor]],
+        bank_links: Mapping[str, Path] | None = None,
         trainer_state: dict[str, Any],
     ) -> None:
         """Writes a checkpoint and rotates old ones out. Collective.
@@ -86,7 +88,8 @@ class CheckpointFolder:
         Args:
             step (`int`): completed steps.
             tensors (`dict`): file name -> tensors; written by the main process.
-            bank_shards (`dict`): file name -> tensors, of the shards that this process owns.
+            bank_shards (`Mapping`): file name -> tensors, of the shards that this process owns.
+            bank_links (`Mapping`, *optional*): file name -> file of an older checkpoint that has the same content.
             trainer_state (`dict`): JSON; written by the main process.
         """
         target = self.folder / checkpoint_name(step)
@@ -98,13 +101,16 @@ class CheckpointFolder:
         for name, shard in bank_shards.items():
             save_file(shard, temporary / name)
             sync_path(temporary / name)
+        for name, source in (bank_links or {}).items():
+            _link_or_copy(source, temporary / name)
         self.barrier()
         if self.is_main:
             for name, content in tensors.items():
                 save_file(content, temporary / name)
             write_json(temporary / "trainer_state.json", trainer_state)
             files = sorted(path for path in temporary.iterdir())
-            entries = {path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in files}
+            known = self._known_files()
+            entries = {path.name: _entry(path, known.get(path.stat().st_ino)) for path in files}
             write_json(temporary / MANIFEST, {"step": step, "files": entries})
             commit_folder(temporary, target)
             self._rotate()
@@ -122,12 +128,38 @@ class CheckpointFolder:
                 return path
         return None
 
+    def _known_files(self) -> dict[int, dict[str, Any]]:
+        """Entries of the newest checkpoint's manifest by the number of the file, which a hard link shares."""
+        for path in sorted(self.folder.glob("step-*"), reverse=True)[:1]:
+            entries = read_json(path / MANIFEST)["files"]
+            return {(path / name).stat().st_ino: entry for name, entry in entries.items()}
+        return {}
+
     def _rotate(self) -> None:
         """Removes all but the newest checkpoints. The new one was just sealed, so a valid one always remains."""
         for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
             doomed = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
             path.replace(doomed)
             shutil.rmtree(doomed)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, or a copy where the file system has no hard links."""
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_path(target)
+
+
+def _entry(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
+    """The manifest's entry of a file; that of a file which an older manifest knows is not computed again."""
+    size = path.stat().st_size
+    if known is not None and known["bytes"] == size and path.stat().st_nlink > 1:
+        return known
+    return {"sha256": sha256_file(path), "bytes": size}
 
 
 def validate_checkpoint(path: Path) -> None:

@@ -98,9 +98,20 @@ class TrainConfig:
     gradient_check_steps: int = _setting(
         0, "steps between comparisons of one slide's encoder gradient with the exact one; 0: never"
     )
-    bank_dtype: Literal["float16", "bfloat16", "float32"] = _setting("float16", "type of stored features")
-    bank_device: Literal["model", "cpu"] = _setting(
-        "model", "where the bank lives: beside the model, or in host memory"
+    bank_dtype: Literal["float16", "bfloat16", "int8", "float32"] = _setting("float16", "type of stored features")
+    bank_device: Literal["model", "cpu", "disk"] = _setting(
+        "model", "where the bank lives: beside the model, in host memory, or mapped from a file on a disk"
+    )
+    bank_dir: str | None = _setting(
+        None, "folder on a fast local disk for `bank_device: disk`; default inside output_dir"
+    )
+    bank_whole_mib: int = _setting(
+        256, "a shard of the bank up to this size is saved whole; a larger one as a base and the rows changed since"
+    )
+    bank_init: str | None = _setting(
+        None,
+        "tile features to start the bank from instead of a first pass: a folder that `dre-slcl bank --export`, "
+        "TRIDENT or another tool wrote",
     )
     first_pass_tiles_per_slide: int | None = _setting(
         None, "tiles of each slide that are encoded into the bank before training and at refits; default all"
@@ -182,7 +193,7 @@ class TrainConfig:
         check_numbers({item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
         at_least = {"slides_per_batch": 2, "tiles_per_slide": 1, "num_steps": 1, "checkpoint_steps": 1, "log_steps": 1}
         at_least |= {"keep_checkpoints": 1, "encode_batch_size": 1, "retrieved_per_slide": 0, "finalize_steps": 0}
-        at_least |= {"refresh_per_slide": 0, "gradient_check_steps": 0}
+        at_least |= {"refresh_per_slide": 0, "gradient_check_steps": 0, "bank_whole_mib": 0}
         at_least |= {"num_workers": 0, "warmup_steps": 0, "augment_stain": 0, "weight_decay": 0, "codebook_sample": 1}
         for name, least in at_least.items():
             if getattr(self, name) < least:

@@ -2,6 +2,7 @@
 """What a run must not lose: gathered for a checkpoint, and put back from one, on any number of processes."""
 
 import dataclasses
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from modeling_dre_slcl import DreSlclModel
 from modeling_dre_slcl.atomic_files import read_json
 
+from .bank_journal import BankJournal
 from .checkpoint import (
     CheckpointError,
     CheckpointFolder,
-    bank_file,
+    checkpoint_name,
     load_tensors,
     optimizer_tensors,
     restore_optimizer,
@@ -26,7 +28,7 @@ from .weight_average import WeightAverage
 # A resumed run may differ in these; with any other difference it would not be the same run.
 _FREE_SETTINGS = (
     *("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "output_dir", "slides_root", "private_ids"),
-    *("accumulation_steps", "activation_checkpointing", "trackers"),
+    *("accumulation_steps", "activation_checkpointing", "trackers", "bank_dir", "bank_whole_mib"),
 )
 _TEXT_PREFIX = "text_encoder."
 
@@ -91,6 +93,10 @@ class RunState:
     ) -> None:
         self.config, self.data, self.model, self.optimizer = config, data, model, optimizer
         self.parameter_names, self.average, self.is_main = parameter_names, average, is_main
+        places = {shard: data.bank_places(data.shards[shard]).tolist() for shard in data.owned_shards}
+        self.journal = BankJournal(
+            model.memory_bank, places, len(data.shards), whole_bytes=config.bank_whole_mib << 20
+        )
 
     def save(self, checkpoints: CheckpointFolder, progress: RunProgress) -> None:
         """Writes a checkpoint. Collective.
@@ -98,16 +104,16 @@ class RunState:
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written then.
         """
-        bank, shards = self.model.memory_bank, self.data.shards
+        bank_shards, bank_links = self.journal.files(progress.step)
         checkpoints.save(
             progress.step,
             tensors=self._common_tensors() if self.is_main else {},
-            bank_shards={
-                bank_file(shard, len(shards)): bank.slide_state(self._places(shard))
-                for shard in self.data.owned_shards
-            },
+            # Made when they are written, one file at a time.
+            bank_shards=ChainMap(bank_shards, self._strata_files()),
+            bank_links=bank_links,
             trainer_state=dataclasses.asdict(progress) | {"config": self.config.to_dict()},
         )
+        self.journal.committed(checkpoints.folder / checkpoint_name(progress.step))
 
     def restore(self, path: Path) -> RunProgress:
         """Puts a checkpoint back; any number of processes may have written it.
@@ -124,9 +130,10 @@ class RunState:
         restore_optimizer(self.optimizer, self.parameter_names, load_tensors(path / "optimizer.safetensors"))
         if self.average is not None:
             self.average.load(load_tensors(path / "average.safetensors"))
-        for shard in self.data.owned_shards:
-            tensors = load_tensors(path / bank_file(shard, len(self.data.shards)))
-            self.model.memory_bank.load_slide_state(self._places(shard), tensors)
+        self.journal.restore(path)
+        if self.data.strata is not None:
+            for shard in self.data.owned_shards:
+                self.data.strata.restore(self.data.shards[shard], load_tensors(path / self._strata_file(shard)))
         known = {item.name for item in dataclasses.fields(RunProgress)}
         return RunProgress(**{name: value for name, value in state.items() if name in known})
 
@@ -149,8 +156,14 @@ class RunState:
                     )
         return {f"{file}.safetensors": tensors for file, tensors in files.items()}
 
-    def _places(self, shard: int) -> list[int]:
-        return self.data.bank_places(self.data.shards[shard]).tolist()
+    def _strata_files(self) -> dict[str, dict[str, torch.Tensor]]:
+        strata, shards = self.data.strata, self.data.shards
+        if strata is None:
+            return {}
+        return {self._strata_file(shard): strata.state(shards[shard]) for shard in self.data.owned_shards}
+
+    def _strata_file(self, shard: int) -> str:
+        return f"strata-{shard:05d}-of-{len(self.data.shards):05d}.safetensors"
 
 
 def check_same_run(config: TrainConfig, path: Path, saved: dict[str, Any]) -> None:

@@ -42,14 +42,18 @@ class StepLog:
         seconds = self.clock.take()
         steps, total = self._steps, sum(seconds.values())
         means = {"seconds": total / steps} | {f"{name}_seconds": value / steps for name, value in seconds.items()}
-        means |= {f"bank_{name}": value for name, value in self.model.memory_bank.health(completed).items()}
         means["tiles_per_second"] = self._tiles / total
         self._steps, self._tiles = 0, 0
         values = torch.tensor(list(means.values()), dtype=torch.float64, device=self.accelerator.device)
         means = dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         means["tiles_per_second"] *= self.accelerator.num_processes
+        health = self.model.memory_bank.health(completed, self._sum_over_processes)
+        means |= {f"bank_{name}": value for name, value in health.items()}
         if self.accelerator.is_main_process:
             scale = self.model.logit_scale.exp().item()
             self.metrics.append({"step": completed, **row, "logit_scale": scale} | means)
             idle = (means["data_seconds"] + means["wait_seconds"]) / means["seconds"]
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {means['tiles_per_second']:.0f} tiles/s, {idle:.0%} idle")
+
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum")

@@ -294,7 +294,8 @@ class Trainer:
             # The wrapper took no part in this forward pass, so it does not average gradients.
             for parameter in (parameter for parameter in model.parameters() if parameter.grad is not None):
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            row = {"loss": loss.item(), "learning_rate": learning_rate, "gradient_norm": self.optimizer_step.descend(plan)}
+            norm = self.optimizer_step.descend(plan)
+            row = {"loss": loss.item(), "learning_rate": learning_rate, "gradient_norm": norm}
             if self._after_step(plan, row, bar):
                 return
             self.clock.switch("backward")

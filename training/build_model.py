@@ -35,7 +35,12 @@ class ModelParts:
         if self.model.text_encoder is None:
             self.image_processor.save_pretrained(folder)
         else:
-            DreSlclProcessor(self.image_processor, self.report_encoder.tokenizer).save_pretrained(folder)
+            tokenizer = self.report_encoder.tokenizer
+            if hasattr(tokenizer, "backend_tokenizer"):
+                # It remembers how it was last called; a run whose reports came from the cache never called it.
+                tokenizer.backend_tokenizer.no_truncation()
+                tokenizer.backend_tokenizer.no_padding()
+            DreSlclProcessor(self.image_processor, tokenizer).save_pretrained(folder)
 
 
 def build_model(config: TrainConfig, *, tile_size_px: int, tile_mpp: float) -> ModelParts:

@@ -28,6 +28,7 @@ CAMPAIGNS = {
     "memory": ("M1, M2", "slides of 10,000 and 200,000 px; 200 slides in one worker", 200, 1_000),
     "disk_full": ("R5", "builds on disks that are too small", 5, 25),
     "build_kills": ("R6", "SIGKILL while building", 100, 500),
+    "train_kills": ("R1, R7", "SIGKILL while training", 100, 2_000),
     "several_writers": ("R11", "two and eight builds in one folder, the one that got it killed", 5, 50),
 }
 

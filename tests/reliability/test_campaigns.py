@@ -22,6 +22,7 @@ QUICK = {
     "disk_full": 2,
     "build_kills": 5,
     "several_writers": 1,
+    "train_kills": 10,
 }
 NEED_ROOT = {"disk_full"}
 # What is known to be missing, and where.

@@ -7,7 +7,7 @@
     optimizer.safetensors           the optimizer's tensors, `<parameter>.<state>`
     bank-00003-of-00008.safetensors the memory bank of virtual shard 3, one file per shard
     trainer_state.json              step, and the settings of the run
-    manifest.json                   SHA-256 and size of each file above; written last
+    manifest.json                   SHA-256 and size of each file above, and of itself; written last
 ```
 
 No randomness is stored: every random number of a run is a function of its seed and the step. Tensors are safetensors,
@@ -15,6 +15,8 @@ the rest JSON; nothing is pickled. Saving and loading are collective: every proc
 the shards it owns, and the main process does the rest.
 """
 
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from modeling_dre_slcl.atomic_files import (
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+_SEAL = "manifest_sha256"
 
 
 class CheckpointError(ValueError):
@@ -69,6 +72,8 @@ class CheckpointFolder:
         """Makes the folder and removes what a killed run left half-written. Collective."""
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder.parent, self.folder.parent.parent):
+                sync_path(folder)  # or a power loss may take new folders, with all that is synced in them
             remove_temporary(self.folder)
         self.barrier()
 
@@ -105,7 +110,7 @@ class CheckpointFolder:
             write_json(temporary / "trainer_state.json", trainer_state)
             files = sorted(path for path in temporary.iterdir())
             entries = {path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in files}
-            write_json(temporary / MANIFEST, {"step": step, "files": entries})
+            write_json(temporary / MANIFEST, _sealed({"step": step, "files": entries}))
             commit_folder(temporary, target)
             self._rotate()
         self.barrier()
@@ -139,7 +144,10 @@ def validate_checkpoint(path: Path) -> None:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} has no {MANIFEST}: it was never completed.")
     try:
-        entries = read_json(path / MANIFEST)["files"]
+        manifest = read_json(path / MANIFEST)
+        entries = manifest["files"]
+        if json.dumps(_sealed(manifest)) != json.dumps(manifest) or manifest["step"] != int(path.name[-8:]):
+            raise ValueError("it differs from what was saved")
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({error}).") from error
@@ -149,6 +157,12 @@ def validate_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{file} is missing.")
         if file.stat().st_size != size or sha256_file(file) != digest:
             raise CheckpointError(f"{file} differs from what was saved.")
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the SHA-256 of all else in it, as its last entry."""
+    content = {name: value for name, value in manifest.items() if name != _SEAL}
+    return content | {_SEAL: hashlib.sha256(json.dumps(content).encode()).hexdigest()}
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

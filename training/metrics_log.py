@@ -2,6 +2,7 @@
 """The metrics of a run, a line for every few steps."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class MetricsLog:
         """Adds a line."""
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())  # a checkpoint that outlives a power loss must not outlive its metrics
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

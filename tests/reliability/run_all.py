@@ -29,6 +29,8 @@ CAMPAIGNS = {
     "disk_full": ("R5", "builds on disks that are too small", 5, 25),
     "build_kills": ("R6", "SIGKILL while building", 100, 500),
     "train_kills": ("R1, R7", "SIGKILL while training", 100, 2_000),
+    "train_sabotages": ("R2", "training broken on purpose: kills until that is noticed", 20, None),
+    "crash_points": ("R3", "an end before and after each file operation of a save; training goes on", 10, 1_000),
     "several_writers": ("R11", "two and eight builds in one folder, the one that got it killed", 5, 50),
 }
 

@@ -69,14 +69,14 @@ def look_after_kill(settings, newest_before, figures, problems):
     return newest
 
 
-def kill_runs(settings, count, seed, measured, patch=None):
-    """Kills `count` times; returns figures and problems. Stops at the third problem."""
+def kill_runs(settings, count, seed, measured, patch=None, max_faults=MAX_FAULTS):
+    """Kills `count` times, with `patch` called in each run first; returns figures and problems."""
     expected, length, commit_seconds = measured
     chance, problems = random.Random(seed), []
     names = ("kills", "kills_in_commit", "kills_before_the_first_checkpoint", "without_valid_checkpoint")
     names += ("most_steps_lost", "finished_runs", "divergent", "failed_resumes")
     figures, kills_left, newest = dict.fromkeys(names, 0), KILLS_PER_RUN, -1
-    while len(problems) < MAX_FAULTS and (figures["kills"] < count or newest >= 0):
+    while len(problems) < max_faults and (figures["kills"] < count or newest >= 0):
         process = runs.start(settings, patch)
         if kills_left and figures["kills"] < count:
             kill_at_random(process, settings, chance, length, commit_seconds)

@@ -34,35 +34,42 @@ from modeling_dre_slcl.atomic_files import TEMPORARY_PREFIX
 
 from .. import tiny_dataset
 
-TIMES = ("seconds", "data_seconds")  # of a line of metrics
+TIMES = ("seconds", "per_second", "mb", "memory")  # how names of measurements end that differ from run to run
 SETTINGS = {"num_steps": 6, "finalize_steps": 2, "checkpoint_steps": 2, "codebook_refits": [3], "bank_mode": "full"}
 CRASHED = 70  # exit status of a run that ended with a traceback
 WAIT_SECONDS = 90
+_prepared = []  # the folder of dataset and text model, which campaigns in one process share
 
 
 def prepare(root, **changes):
-    """Writes a dataset and a text model, and makes sure that a run finds all imported; returns settings of runs.
+    """Makes ready to fork runs, unless that was done in this process; returns settings of runs below `root`.
 
-    The first run tells which modules a run imports on its way; they are imported here before others are forked.
+    Writes a dataset and a text model. The first run tells which modules a run imports on its way; they are imported
+    here before others are forked.
     """
-    torch.set_num_threads(1)
-    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
-        tiny_dataset.write_dataset(root / "data")
-        tiny_dataset.write_text_model(root / "text")
-    settings = tiny_dataset.train_settings(root, root / "out") | SETTINGS | changes
-    modules = root / "modules"
+    if not _prepared:
+        torch.set_num_threads(1)
+        with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
+            tiny_dataset.write_dataset(root / "data")
+            tiny_dataset.write_text_model(root / "text")
+        _prepared.append(root)
+        _import_all(root)
+    return tiny_dataset.train_settings(_prepared[0], root / "out") | SETTINGS | changes
+
+
+def _import_all(root):
+    settings, modules = tiny_dataset.train_settings(root, root / "first") | SETTINGS, root / "modules"
 
     def tell_modules():
         after(Trainer, "run", lambda trainer, result: modules.write_text("\n".join(sorted(sys.modules))))
 
-    expect_success(settings | {"output_dir": str(root / "first"), "num_steps": 2}, tell_modules)
+    expect_success(settings, tell_modules)
+    remove(settings)
     for name in modules.read_text().splitlines():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    shutil.rmtree(root / "first")
     gc.collect()
     gc.freeze()  # what is never looked at again is never copied in a fork
-    return settings
 
 
 def start(settings, patch=None):
@@ -240,7 +247,7 @@ def digest(settings):
 
 def metrics_of(settings):
     rows = read_metrics(Path(settings["output_dir"]) / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
 
 
 def _tell_state(trainer, path):

@@ -23,7 +23,7 @@ from .contrastive_loss import similarity_logits, slide_level_contrastive_loss
 from .memory_bank import MemoryBank, codeword_drift
 from .report_encoder import pool_report_states
 from .residual_encoder import ResidualEncoder, ResidualState, residual_sums
-from .tile_encoder import build_tile_encoder, encode_tiles, tile_encoder_width
+from .tile_encoder import build_tile_encoder, encode_in_parts, encode_tiles, tile_encoder_width
 
 
 @dataclass
@@ -140,6 +140,8 @@ class DreSlclModel(DreSlclPreTrainedModel):
         self.register_buffer("report_mean", torch.zeros(config.report_hidden_size))
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.gradient_checkpointing = False
+        # Parts in which `forward` takes its tiles through the tile encoder; training sets it.
+        self.accumulation_steps = 1
         # Relative to the module given to DistributedDataParallel: each process keeps its own part of the bank.
         self._ddp_params_and_buffers_to_ignore = [f"memory_bank.{name}" for name in MemoryBank.BUFFER_NAMES]
         self.post_init()
@@ -377,7 +379,8 @@ class DreSlclModel(DreSlclPreTrainedModel):
                 f"{tuple(pixel_values.shape)}; for tiles without slides use `get_tile_features`."
             )
         # (B, M, C, H, W) -> (B M, C, H, W) -> (B, M, D)
-        return self.get_tile_features(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
+        features = encode_in_parts(self.get_tile_features, pixel_values.flatten(0, 1), self.accumulation_steps)
+        return features.unflatten(0, pixel_values.shape[:2])
 
     def _wants(self, output_attentions: bool | None) -> bool:
         return bool(self.config.output_attentions if output_attentions is None else output_attentions)

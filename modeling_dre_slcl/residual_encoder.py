@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -121,6 +122,30 @@ def _at_least_float32(first: torch.Tensor, *others: torch.Tensor) -> tuple[torch
     return tuple(tensor.to(dtype) for tensor in (first, *others))
 
 
+class SharedDropout(nn.Module):
+    """Dropout whose masks belong to the slides of a batch, however many processes share it.
+
+    With a generator, every process draws the masks of the whole batch and takes those of its own rows, so the masks
+    are those of one process with all of it. Without one it is the dropout of torch.
+
+    Args:
+        probability (`float`): share of values that are dropped.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, values: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Drops values of a tensor of shape `(B, ...)`; every process holds as many rows."""
+        if generator is None or not self.training or self.probability == 0:
+            return F.dropout(values, self.probability, self.training)
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        shape, rows = (size * len(values), *values.shape[1:]), slice(rank * len(values), (rank + 1) * len(values))
+        kept = torch.rand(shape, generator=generator, device=values.device)[rows] >= self.probability
+        return values * kept / (1 - self.probability)
+
+
 class CodewordAttention(nn.Module):
     """Multi-head self-attention over codeword tokens; codewords without tiles are not attended to."""
 
@@ -128,12 +153,16 @@ class CodewordAttention(nn.Module):
         super().__init__()
         self.num_attention_heads = num_attention_heads
         self.head_size = hidden_size // num_attention_heads
-        self.dropout = dropout
+        self.dropout = SharedDropout(dropout)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, tokens: torch.Tensor, token_mask: torch.Tensor, need_weights: bool
+        self,
+        tokens: torch.Tensor,
+        token_mask: torch.Tensor,
+        need_weights: bool,
+        generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends.
 
@@ -141,6 +170,7 @@ class CodewordAttention(nn.Module):
             tokens (`torch.Tensor` of shape `(B, K, D)`): codeword tokens.
             token_mask (`torch.Tensor` of shape `(B, K)`, bool): True for codewords to attend to.
             need_weights (`bool`): compute attention step by step and return its weights.
+            generator (`torch.Generator`, *optional*): draws the dropout.
 
         Returns:
             `tuple`: tokens of shape `(B, K, D)`, and weights of shape `(B, A, K, K)` or `None`.
@@ -151,15 +181,14 @@ class CodewordAttention(nn.Module):
         query, key, value = self.query_key_value(tokens).view(shape).permute(2, 0, 3, 1, 4)
         mask = token_mask[:, None, None, :]
         weights = None
-        if need_weights:
+        if need_weights or (self.training and self.dropout.probability > 0):
             scores = (query @ key.transpose(-1, -2)) * self.head_size**-0.5
             weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
-            mixed = F.dropout(weights, self.dropout, self.training) @ value
+            mixed = self.dropout(weights, generator) @ value
         else:
-            dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         # (B, A, K, D / A) -> (B, K, D)
-        return self.output(mixed.transpose(1, 2).reshape(tokens.shape)), weights
+        return self.output(mixed.transpose(1, 2).reshape(tokens.shape)), weights if need_weights else None
 
 
 class CodewordLayer(nn.Module):
@@ -174,16 +203,20 @@ class CodewordLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.intermediate = nn.Linear(hidden_size, intermediate_size)
         self.output = nn.Linear(intermediate_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = SharedDropout(dropout)
 
     def forward(
-        self, tokens: torch.Tensor, token_mask: torch.Tensor, need_weights: bool
+        self,
+        tokens: torch.Tensor,
+        token_mask: torch.Tensor,
+        need_weights: bool,
+        generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Refines tokens of shape `(B, K, D)`; arguments and returns as in `CodewordAttention`."""
-        attended, weights = self.attention(self.attention_norm(tokens), token_mask, need_weights)
-        tokens = tokens + self.dropout(attended)
+        attended, weights = self.attention(self.attention_norm(tokens), token_mask, need_weights, generator)
+        tokens = tokens + self.dropout(attended, generator)
         expanded = F.gelu(self.intermediate(self.feed_forward_norm(tokens)))
-        return tokens + self.dropout(self.output(expanded)), weights
+        return tokens + self.dropout(self.output(expanded), generator), weights
 
 
 @dataclass
@@ -212,7 +245,13 @@ class ResidualEncoder(nn.Module):
         intermediate_size (`int`): feed-forward width.
         dropout (`float`): dropout probability.
         layer_norm_eps (`float`): epsilon of the layer norms.
+
+    Attributes:
+        dropout_seed (`int`, *optional*): set by training before each step, the same on all processes; dropout is then
+            a function of it, and does not depend on how many processes share the batch.
     """
+
+    dropout_seed: int | None = None
 
     def __init__(
         self,
@@ -254,9 +293,11 @@ class ResidualEncoder(nn.Module):
         # to a root mean square of 1.
         tokens = normalize_residuals(residuals) * (residuals.shape[1] * residuals.shape[2]) ** 0.5
         tokens = tokens.to(self.norm.weight.dtype) + self.codeword_embedding
-        hidden_states, attentions = [tokens], []
+        hidden_states, attentions, generator = [tokens], [], None
+        if self.training and self.dropout_seed is not None:
+            generator = torch.Generator(tokens.device).manual_seed(self.dropout_seed)
         for layer in self.layers:
-            tokens, weights = layer(tokens, token_mask, need_weights)
+            tokens, weights = layer(tokens, token_mask, need_weights, generator)
             hidden_states.append(tokens)
             attentions.append(weights)
         weights = token_mask[..., None].to(tokens.dtype)

@@ -7,9 +7,12 @@ ordinary `PreTrainedModel`, so attention implementations, sharding plans and che
 Letters: N tiles, C channels, H and W pixels, T tokens, D feature width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 
@@ -112,3 +115,26 @@ def encode_tiles(encoder: nn.Module, pixel_values: torch.Tensor, pooling: str) -
     outputs = encoder(pixel_values=pixel_values, return_dict=True)
     features = pool_tile_states(outputs.last_hidden_state, getattr(outputs, "pooler_output", None), pooling)
     return F.normalize(features, dim=-1)
+
+
+def encode_in_parts(
+    encode: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor, num_parts: int
+) -> torch.Tensor:
+    """Encodes tiles in parts whose activations are not kept: the backward pass encodes each part again (GradCache).
+
+    The loss still sees all tiles at once, so features and gradients are those of one part, to rounding; memory is that
+    of one part. Splitting the loss instead would take negatives away from a contrastive loss.
+
+    Args:
+        encode (callable): pixels `(n, C, H, W)` -> features `(n, D)`.
+        pixel_values (`torch.Tensor` of shape `(N, C, H, W)`, float): normalised pixels.
+        num_parts (`int`): parts, at most one per tile; 1 keeps all activations.
+
+    Returns:
+        `torch.Tensor` of shape `(N, D)`.
+    """
+    if num_parts == 1 or not torch.is_grad_enabled():
+        return encode(pixel_values)
+    part_size = -(-len(pixel_values) // num_parts)
+    parts = [checkpoint(encode, part, use_reentrant=False) for part in pixel_values.split(part_size)]
+    return torch.cat(parts)

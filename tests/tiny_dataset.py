@@ -25,11 +25,31 @@ configs:
 """
 
 
-def write_dataset(folder: Path, *, num_slides: int = 12, slides_per_case: int = 2, tiles: tuple = (6, 20)) -> Path:
-    """Writes `num_slides` slides; consecutive ones share a case and its report."""
-    random = np.random.default_rng(0)
+def write_dataset(
+    folder: Path, *, num_slides: int = 12, slides_per_case: int = 2, tiles: tuple = (6, 20), held_out: int = 0
+) -> Path:
+    """Writes `num_slides` slides to train on, and `held_out` ones of other cases to split `val`.
+
+    Consecutive slides share a case and its report.
+    """
+    for name in ("slides", "tiles"):
+        (folder / name).mkdir(parents=True)
+    _write_split(folder, "train", range(num_slides), slides_per_case, tiles)
+    card = CARD
+    if held_out:
+        first = -(-num_slides // slides_per_case) * slides_per_case
+        _write_split(folder, "val", range(first, first + held_out), slides_per_case, tiles)
+        for name in ("slides", "tiles"):
+            entry = f'{{split: train, path: "{name}/train-*.parquet"}}'
+            card = card.replace(entry, entry + entry.replace("{", ", {").replace("train", "val"))
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+def _write_split(folder: Path, split: str, slides: range, slides_per_case: int, tiles: tuple) -> None:
+    random = np.random.default_rng(slides.start)
     slide_rows, tile_rows = [], []
-    for slide in range(num_slides):
+    for slide in slides:
         num_tiles = int(random.integers(*tiles))
         case = slide // slides_per_case
         color = np.random.default_rng(case).integers(40, 216, size=3)
@@ -43,7 +63,7 @@ def write_dataset(folder: Path, *, num_slides: int = 12, slides_per_case: int = 
             {
                 "slide_id": f"slide-{slide}",
                 "case_id": f"case-{case}",
-                "split": "train",
+                "split": split,
                 "path": f"slide-{slide}.tif",
                 "mpp": 1.0,
                 "tile_size_px": TILE_PX,
@@ -58,16 +78,12 @@ def write_dataset(folder: Path, *, num_slides: int = 12, slides_per_case: int = 
                 "subtype": str(words[0]),
             }
         )
-    for name in ("slides", "tiles"):
-        (folder / name).mkdir(parents=True)
-    Dataset.from_list(slide_rows).to_parquet(folder / "slides" / "train-00000-of-00001.parquet")
+    Dataset.from_list(slide_rows).to_parquet(folder / "slides" / f"{split}-00000-of-00001.parquet")
     features = Features(
         {"slide_id": Value("string"), "tile_index": Value("int32"), "x": Value("int32"), "y": Value("int32")}
         | {"image": Image()}
     )
-    Dataset.from_list(tile_rows, features=features).to_parquet(folder / "tiles" / "train-00000-of-00001.parquet")
-    (folder / "README.md").write_text(CARD)
-    return folder
+    Dataset.from_list(tile_rows, features=features).to_parquet(folder / "tiles" / f"{split}-00000-of-00001.parquet")
 
 
 def write_text_model(folder: Path, *, hidden_size: int = 12) -> Path:

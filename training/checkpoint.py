@@ -5,8 +5,9 @@
 <output_dir>/checkpoints/step-00000100/
     model.safetensors               all weights but those of the frozen text model
     optimizer.safetensors           the optimizer's tensors, `<parameter>.<state>`
+    average.safetensors             the running average of the weights, with `ema_decay`
     bank-00003-of-00008.safetensors the memory bank of virtual shard 3, one file per shard
-    trainer_state.json              step, and the settings of the run
+    trainer_state.json              step, best validation, and the settings of the run
     manifest.json                   SHA-256 and size of each file above, and of itself; written last
 ```
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_dre_slcl.atomic_files import (
@@ -81,8 +83,7 @@ class CheckpointFolder:
         self,
         step: int,
         *,
-        model_state: dict[str, torch.Tensor],
-        optimizer_state: dict[str, torch.Tensor],
+        tensors: dict[str, dict[str, torch.Tensor]],
         bank_shards: dict[str, dict[str, torch.Tensor]],
         trainer_state: dict[str, Any],
     ) -> None:
@@ -90,7 +91,7 @@ class CheckpointFolder:
 
         Args:
             step (`int`): completed steps.
-            model_state, optimizer_state (`dict` of tensors): written by the main process.
+            tensors (`dict`): file name -> tensors; written by the main process.
             bank_shards (`dict`): file name -> tensors, of the shards that this process owns.
             trainer_state (`dict`): JSON; written by the main process.
         """
@@ -100,13 +101,13 @@ class CheckpointFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.barrier()
-        for name, tensors in bank_shards.items():
-            save_file(tensors, temporary / name)
+        for name, shard in bank_shards.items():
+            save_file(shard, temporary / name)
             sync_path(temporary / name)
         self.barrier()
         if self.is_main:
-            save_file(model_state, temporary / "model.safetensors")
-            save_file(optimizer_state, temporary / "optimizer.safetensors")
+            for name, content in tensors.items():
+                save_file(content, temporary / name)
             write_json(temporary / "trainer_state.json", trainer_state)
             files = sorted(path for path in temporary.iterdir())
             entries = {path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in files}
@@ -169,11 +170,14 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file of a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: if it is missing.
+        CheckpointError: if it is missing, or no safetensors file.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file ({error}).") from error
 
 
 def optimizer_tensors(

@@ -3,7 +3,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 import types
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from .config_checks import check_numbers, check_together, refuse_unknown
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -27,7 +28,11 @@ class TrainConfig:
     dataset: str = _setting("", "folder or Hub repository of the slide dataset (made by `dre-slcl tiles`)")
     output_dir: str = _setting("", "folder of the run: checkpoints, metrics, final model")
     slides_root: str | None = _setting(None, "folder of the slide files, for a dataset that holds coordinates only")
+    private_ids: str | None = _setting(
+        None, "the private file of a dataset built with --hash-ids, which says where its slide files are"
+    )
     train_split: str = _setting("train", "split to train on")
+    validation_split: str | None = _setting(None, "split to validate on while training")
     # Model
     model: str | None = _setting(None, "DRE-SLCL model to go on from; then the model settings below are not used")
     tile_encoder: str | None = _setting(None, "folder or Hub repository of a pretrained tile encoder")
@@ -75,6 +80,9 @@ class TrainConfig:
     activation_checkpointing: bool = _setting(
         False, "recompute the tile encoder's activations: less memory, more time"
     )
+    accumulation_steps: int = _setting(
+        1, "parts in which a step's tiles go through the tile encoder: as many times less memory; the same gradient"
+    )
     augment_flips: bool = _setting(True, "turn and mirror tiles at random")
     augment_stain: float = _setting(0.0, "spread of random factors on the optical density of each colour channel")
     # Optimisation
@@ -85,6 +93,12 @@ class TrainConfig:
     warmup_steps: int = _setting(50, "steps of linear warm-up; then the learning rate follows a cosine to zero")
     weight_decay: float = _setting(0.05, "AdamW's weight decay, on weight matrices only")
     max_gradient_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    ema_decay: float = _setting(0.0, "decay of a running average of all trained weights; 0 keeps none")
+    final_weights: Literal["last", "ema", "best"] = _setting(
+        "last",
+        "which weights the final model has, and finalizing starts from: those of the last step, their running "
+        "average, or the best of all validations",
+    )
     mixed_precision: Literal["no", "bf16"] = _setting("no", "autocast of the tile encoder")
     seed: int = _setting(0, "of everything random")
     # Run
@@ -93,6 +107,19 @@ class TrainConfig:
     checkpoint_steps: int = _setting(200, "steps between checkpoints")
     keep_checkpoints: int = _setting(2, "checkpoints to keep")
     log_steps: int = _setting(10, "steps between lines of metrics.jsonl")
+    validation_steps: int = _setting(200, "steps between validations on `validation_split`")
+    validation_metric: Literal["mean_average_precision", "recall@1", "recall@5", "loss"] = _setting(
+        "mean_average_precision", "what says which model is best: how slides find their reports, or the loss"
+    )
+    validation_tiles_per_slide: int | None = _setting(
+        None, "random tiles of each slide that a validation encodes; default all"
+    )
+    early_stopping_patience: int | None = _setting(
+        None, "stop after so many validations without a better one; default never"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        default_factory=list, metadata={"help": "where metrics go beside metrics.jsonl; each needs its extra"}
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges; see `validate`."""
@@ -109,6 +136,7 @@ class TrainConfig:
         """
         if not self.dataset or not self.output_dir:
             raise ValueError("`dataset` and `output_dir` must be given.")
+        check_numbers({item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
         at_least = {"slides_per_batch": 2, "tiles_per_slide": 1, "num_steps": 1, "checkpoint_steps": 1, "log_steps": 1}
         at_least |= {"keep_checkpoints": 1, "encode_batch_size": 1, "retrieved_per_slide": 0, "finalize_steps": 0}
         at_least |= {"num_workers": 0, "warmup_steps": 0, "augment_stain": 0, "weight_decay": 0, "codebook_sample": 1}
@@ -125,6 +153,7 @@ class TrainConfig:
             )
         if self.model is None and self.text_model is None:
             raise ValueError("`text_model` must be given: a folder or Hub repository of a text model.")
+        check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all settings, ready for JSON."""
@@ -152,7 +181,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         # PyYAML reads `1e-4` as a string.
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif origin is None and type(value) is hint:
         return value
@@ -174,17 +203,16 @@ def load_config(path: str | Path | None, overrides: dict[str, str]) -> TrainConf
     if path is not None:
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: expected a YAML file of settings, but it cannot be read ({error}).") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: expected `name: value` lines, found {type(settings).__name__}.")
-    settings |= {name: yaml.safe_load(value) if value else value for name, value in overrides.items()}
-    known = [item.name for item in dataclasses.fields(TrainConfig)]
-    for name in settings:
-        if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean `{nearest[0]}`?" if nearest else f"; known are {', '.join(known)}."
-            raise ValueError(f"Unknown setting `{name}`{hint}")
+    for name, value in overrides.items():
+        try:
+            settings[name] = yaml.safe_load(value) if value else value
+        except yaml.YAMLError as error:
+            raise ValueError(f"`{name}`: {value!r} is no YAML value, as `3`, `[1, 2]` or `{{a: 1}}` are.") from error
+    refuse_unknown(settings, [item.name for item in dataclasses.fields(TrainConfig)], "setting")
     return TrainConfig(**settings)
 
 

@@ -16,24 +16,10 @@ import evaluate
 import numpy as np
 from scipy.stats import rankdata
 
+from .ranking import rank_gallery
+
 RECALL_AT = (1, 5, 10)
 _QUERIES_AT_ONCE = 1024
-
-
-def rank_gallery(similarity: np.ndarray, is_relevant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks a gallery for each query. Ties count against the model: relevant items come last among equals.
-
-    Args:
-        similarity (`np.ndarray` of shape `(Q, G)`, float): higher is nearer.
-        is_relevant (`np.ndarray` of shape `(Q, G)`, bool): at least one per query.
-
-    Returns:
-        `tuple`: rank of the first relevant item, int64 `(Q,)`, 1 is best; average precision, float64 `(Q,)`.
-    """
-    order = np.lexsort((is_relevant, -similarity), axis=-1)
-    hits = np.take_along_axis(is_relevant, order, axis=-1)
-    precision = hits.cumsum(axis=-1) / np.arange(1, hits.shape[1] + 1)
-    return hits.argmax(axis=-1) + 1, (precision * hits).sum(axis=-1) / hits.sum(axis=-1)
 
 
 def retrieval_chance(num_relevant: np.ndarray, gallery_size: int) -> dict[str, float]:

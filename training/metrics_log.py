@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of a run, a line for every few steps."""
+"""The metrics of a run, a line for every few steps, and the trackers that show them elsewhere."""
 
+import importlib.util
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ class MetricsLog:
 
     Args:
         path (`Path`): the file.
+        track (callable, *optional*): takes the numbers of each line and its step too.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, track: Callable[[dict[str, float], int], None] | None = None) -> None:
+        self.path, self.track = path, track
 
     def rewind(self, step: int) -> None:
         """Drops lines of later steps, which a killed run wrote after its last checkpoint, and a torn last line."""
@@ -30,6 +33,9 @@ class MetricsLog:
             handle.write(json.dumps(row) + "\n")
             handle.flush()
             os.fsync(handle.fileno())  # a checkpoint that outlives a power loss must not outlive its metrics
+        if self.track is not None:
+            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            self.track(numbers, row["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,3 +47,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that are not installed; accelerate would leave them out without a word.
+
+    Raises:
+        ValueError: naming the tracker and how to install it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f'`trackers`: {name} is not installed; `pip install "dre-slcl[{name}]"`.')
+
+
+def tracked_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
+    """Settings as every tracker takes them: plain values, the others as JSON."""
+    plain = (int, float, str, bool)
+    return {name: value if isinstance(value, plain) else json.dumps(value) for name, value in settings.items()}

@@ -35,7 +35,8 @@ class RunData:
     """
 
     def __init__(self, config: TrainConfig, process_index: int, num_processes: int) -> None:
-        self.source = TileSource(config.dataset, config.train_split, slides_root=config.slides_root)
+        self._config = config
+        self.source = self.source_of(config.train_split)
         missing = self.source.missing_slides()
         if missing:  # better now than after days, in the first step that needs one
             raise ValueError(describe_missing(self.source, missing))
@@ -61,13 +62,30 @@ class RunData:
         first_with: dict[str, int] = {}
         self._group_of = torch.tensor([first_with.setdefault(row.report, place) for place, row in enumerate(rows)])
 
+    def source_of(self, split: str) -> TileSource:
+        """Opens a split of the run's dataset."""
+        config = self._config
+        return TileSource(config.dataset, split, slides_root=config.slides_root, private_ids=config.private_ids)
+
     @property
     def reports(self) -> list[str]:
         """The reports of `slides`."""
         return [self.source.slides[slide].report for slide in self.slides]
 
     def set_report_embeds(self, encoded: torch.Tensor) -> None:
-        """Takes the encodings of `reports`, of shape `(len(slides), R)`."""
+        """Takes the encodings of `reports`, of shape `(len(slides), R)`.
+
+        Raises:
+            ValueError: if one is not finite; it names the slide.
+        """
+        wrong = (~torch.isfinite(encoded).all(dim=1)).nonzero().flatten().tolist()
+        if wrong:
+            name = self.source.slides[self.slides[wrong[0]]].slide_id
+            raise ValueError(
+                f"The encoding of the report of slide {name} is not finite ({len(wrong)} of {len(encoded)} are not): "
+                "the text model overflows, or its cache is damaged; delete `report_cache` in `output_dir`, or choose "
+                "another `text_model`."
+            )
         self.report_embeds = torch.zeros(len(self.source.slides), encoded.shape[1])
         self.report_embeds[self.slides] = encoded
 

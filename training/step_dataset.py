@@ -26,6 +26,10 @@ class StepBatch:
     plan: StepPlan
     tiles: torch.Tensor
 
+    def pin_memory(self) -> "StepBatch":
+        """Returns the batch in page-locked memory, from which a GPU takes it faster; `DataLoader` calls this."""
+        return StepBatch(self.plan, self.tiles.pin_memory())
+
 
 class StepDataset(Dataset):
     """Reads the tiles that each step samples.

@@ -48,6 +48,7 @@ def load_in_order(dataset: Dataset, order: Iterable[int], *, num_workers: int, s
         sampler=list(order),
         num_workers=num_workers,
         prefetch_factor=_BATCHES_AHEAD if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
         # A generator of its own keeps the loader from drawing on the global random state.
         generator=torch.Generator().manual_seed(seed),
         worker_init_fn=_one_thread,

@@ -21,6 +21,7 @@ from datasets import Dataset
 from modeling_dre_slcl.slide_reader import SlideError
 
 from .dataset_files import has_configuration, load_split
+from .private_ids import read_private_paths
 from .slide_handles import SlideHandles
 from .slide_rows import SlideRow, read_slide_rows
 
@@ -40,6 +41,8 @@ class TileSource:
         dataset (`str` or `Path`): folder or Hub repository of a slide dataset.
         split (`str`): its split, for example `"train"`.
         slides_root (`str` or `Path`, *optional*): folder of the slide files; needed for a dataset of coordinates only.
+        private_ids (`str` or `Path`, *optional*): the private file of a dataset with hashed names, which says where
+            its slide files are; then `slides_root` is not needed.
 
     Attributes:
         slides (`list` of `SlideRow`): slides with status `ok`, in the dataset's order.
@@ -50,7 +53,14 @@ class TileSource:
             only and `slides_root` is not given or holds none of the slides.
     """
 
-    def __init__(self, dataset: str | Path, split: str, *, slides_root: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        dataset: str | Path,
+        split: str,
+        *,
+        slides_root: str | Path | None = None,
+        private_ids: str | Path | None = None,
+    ) -> None:
         self.dataset, self.split = str(dataset), split
         self._table = load_split(self.dataset, "slides", split).with_format("arrow")
         self.slides = read_slide_rows(self._table[:])
@@ -64,14 +74,18 @@ class TileSource:
         self.tile_size_px, self.tile_mpp = geometries[0]
         self._images = _load_images(self.dataset, split)
         self._handles: SlideHandles | None = None
+        self._files: dict[str, Path] = {}  # of slides with hashed names
         if self._images is not None:
             self._check_tile_rows()
-        elif slides_root is None:
+        elif slides_root is None and private_ids is None:
             raise ValueError(
-                f"{dataset} stores tile coordinates but no pixels; say where the slide files are (`slides_root`)."
+                f"{dataset} stores tile coordinates but no pixels; say where the slide files are (`slides_root`, or "
+                "`private_ids` if it was built with --hash-ids)."
             )
         else:
-            self._handles = SlideHandles(slides_root)
+            if private_ids is not None:
+                self._files = read_private_paths(Path(private_ids))
+            self._handles = SlideHandles(slides_root or "")
             self._check_slide_files()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,7 +128,11 @@ class TileSource:
         """Returns the slides whose files are needed for their pixels, and are not there."""
         if self._handles is None:
             return []
-        return [row for row in self.slides if not (self._handles.slides_root / row.path).is_file()]
+        return [row for row in self.slides if not (self._handles.slides_root / self._path(row)).is_file()]
+
+    def _path(self, row: SlideRow) -> str:
+        """Where a slide's file is, from `slides_root`; an absolute path for a hashed name."""
+        return str(self._files.get(row.slide_id, row.path))
 
     def _decode_tiles(self, row: SlideRow, tiles: np.ndarray, pixels: np.ndarray) -> None:
         """Decodes stored tiles into `pixels`."""
@@ -135,7 +153,7 @@ class TileSource:
         """Reads tiles from the slide's file into `pixels`."""
         tile = None
         try:
-            reader = self._handles.open(row.slide_id, row.path, mpp=row.mpp, fingerprint=row.fingerprint)
+            reader = self._handles.open(row.slide_id, self._path(row), mpp=row.mpp, fingerprint=row.fingerprint)
             for place, tile in enumerate(tiles.tolist()):
                 x, y = row.tile_xy[tile].tolist()
                 pixels[place] = reader.read_tile(x, y, tile_size_px=self.tile_size_px, tile_mpp=self.tile_mpp)
@@ -156,7 +174,7 @@ class TileSource:
             raise ValueError(
                 f"{self._handles.slides_root}: none of the {len(missing)} slides of {self.dataset}, split "
                 f"'{self.split}', is there, for example {missing[0].path}; set `slides_root` to the folder that these "
-                "paths start from."
+                "paths start from, or `private_ids` to the private file of a dataset with hashed names."
             )
         if missing:
             logger.warning("%s", describe_missing(self, missing))

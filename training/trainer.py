@@ -4,44 +4,43 @@
 Letters: b slides of this process in a step, M sampled tiles of each, K codewords, D feature width.
 """
 
+import contextlib
 import logging
-import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from modeling_dre_slcl.atomic_files import atomic_folder, read_json, remove_temporary
+from modeling_dre_slcl.atomic_files import atomic_folder, remove_temporary
 from modeling_dre_slcl.residual_encoder import residual_sums
 
 from .bank_filling import BankFiller
 from .build_model import build_model
-from .checkpoint import (
-    CheckpointError,
-    CheckpointFolder,
-    bank_file,
-    load_tensors,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from .checkpoint import CheckpointFolder
 from .config import TrainConfig
-from .metrics_log import MetricsLog
+from .finite_checks import FiniteChecks
+from .metrics_log import MetricsLog, tracked_settings
 from .optimizer import build_optimizer, set_learning_rates
 from .reports import encode_reports
 from .run_data import RunData
+from .run_state import RunProgress, RunState
+from .run_summary import run_facts, write_summary
 from .sampler import PADDING, StepPlan
+from .step_clock import StepClock
 from .step_dataset import StepBatch, StepDataset, step_loader
+from .step_log import StepLog
+from .stop_signals import StopSignals
 from .tile_source import check_geometry
+from .validation import Validator
+from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
-# A resumed run may differ in these; with any other difference it would not be the same run.
-_FREE_SETTINGS = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "output_dir", "slides_root")
-_TEXT_PREFIX = "text_encoder."
+_BANK_CALLS = ("read", "write", "residuals_of_others")
+BEST_MODEL = "best_model"
 
 
 class Trainer:
@@ -60,10 +59,12 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=config.trackers or None,
+            project_dir=config.output_dir,
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.output_dir = Path(config.output_dir)
-        self.metrics = MetricsLog(self.output_dir / "metrics.jsonl")
+        self.metrics = MetricsLog(self.output_dir / "metrics.jsonl", self._track if config.trackers else None)
         self.checkpoints = CheckpointFolder(
             self.output_dir / "checkpoints",
             keep=config.keep_checkpoints,
@@ -71,43 +72,46 @@ class Trainer:
             barrier=self.accelerator.wait_for_everyone,
         )
         # What this process was sent, and what all processes agreed to stop for.
-        self.received_signal: int | None = None
+        self.signals = StopSignals()
         self.stop_signal: int | None = None
         with self.accelerator.main_process_first():
             self.data = RunData(config, self.accelerator.process_index, self.accelerator.num_processes)
         self._set_up_model()
+        self._set_up_run()
 
     def run(self) -> int | None:
         """Trains from the newest checkpoint, or from the start, to the end, and writes the final model.
 
         Returns:
             `int` or `None`: the signal that stopped the run early, after a checkpoint was saved; `None` at the end.
+
+        Raises:
+            StoppedBeforeTraining: for a signal before there was anything to save.
+            FloatingPointError: at the first number that is not finite; the last checkpoint is sound.
         """
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        previous = [signal.signal(number, self._on_signal) for number in numbers]
-        try:
+        config = self.config
+        with self.signals:
             self.checkpoints.prepare()
-            step = self._resume()
-            if step < self.config.num_steps:
-                step = self._train(step)
-            if self.stop_signal is None and step < self._last_step:
-                self._finalize(step)
+            if config.trackers:
+                self.accelerator.init_trackers("dre-slcl", config=tracked_settings(config.to_dict()))
+            self._resume()
+            self.signals.can_save = True
+            if self.progress.validation_pending:
+                self._validate()
+            if self.progress.step < config.num_steps and self.stop_signal is None:
+                self._train(self.progress.step)
+            if self.progress.step == config.num_steps and self.stop_signal is None:
+                self._take_final_weights()
+            if config.num_steps <= self.progress.step < self._last_step and self.stop_signal is None:
+                self._finalize(self.progress.step)
             if self.stop_signal is None:
-                self._save_model()
-        finally:
-            for number, handler in zip(numbers, previous, strict=True):
-                signal.signal(number, handler)
+                self._save_model(self.output_dir / "model")
+                self._write_summary()
         return self.stop_signal
 
     @property
     def _last_step(self) -> int:
         return self.config.num_steps + self.config.finalize_steps
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Asks the loop to save and stop; the second signal of a kind acts at once."""
-        self.received_signal = number
-        signal.signal(number, signal.SIG_DFL)
-        logger.warning("Signal %d: saving a checkpoint after this step, then stopping.", number)
 
     def _set_up_model(self) -> None:
         config, source = self.config, self.data.source
@@ -142,6 +146,42 @@ class Trainer:
             seed=config.seed,
         )
 
+    def _set_up_run(self) -> None:
+        """What watches, averages, checks and validates the model that `_set_up_model` made."""
+        config, model = self.config, self.unwrapped
+        model.accumulation_steps = config.accumulation_steps
+        self.progress = RunProgress()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = WeightAverage(trained, config.ema_decay) if config.ema_decay else None
+        self.state = RunState(
+            config,
+            self.data,
+            model,
+            self.optimizer,
+            self.parameter_names,
+            average=self.average,
+            is_main=self.is_main,
+        )
+        self.finite = FiniteChecks(self.data, model)
+        self.clock = StepClock(self.device)
+        self.clock.watch_forward(model, "loss")
+        self.clock.watch_forward(model.tile_encoder, "encode")
+        self.clock.watch_calls(model.memory_bank, _BANK_CALLS, "bank")
+        self.log = StepLog(self.metrics, self.clock, model, self.accelerator)
+        self.validator = None
+        if config.validation_split is not None:
+            self.validator = Validator(
+                self.data.source_of(config.validation_split),
+                self.parts.image_processor,
+                self.accelerator,
+                tiles_per_slide=config.validation_tiles_per_slide,
+                batch_size=config.encode_batch_size,
+            )
+            with self.accelerator.main_process_first():
+                cache = self.output_dir / "report_cache"
+                encoded = encode_reports(self.parts.report_encoder, self.validator.reports, cache)
+            self.validator.set_report_embeds(encoded)
+
     def _resume(self) -> int:
         """Restores the newest valid checkpoint, or makes the first; returns the number of completed steps."""
         path = self.checkpoints.newest()
@@ -150,53 +190,55 @@ class Trainer:
             self.filler.fit(self.unwrapped, self.config.codebook_sample)
             if self.is_main:
                 self.metrics.rewind(-1)
-            self._save(0)
+            self._save()
             return 0
-        state = read_json(path / "trainer_state.json")
-        self._check_same_run(path, state["config"])
-        missing, unexpected = self.unwrapped.load_state_dict(load_tensors(path / "model.safetensors"), strict=False)
-        wrong = [name for name in missing if not name.startswith(_TEXT_PREFIX)] + unexpected
-        if wrong:
-            raise CheckpointError(f"{path}/model.safetensors does not fit this model: `{wrong[0]}`.")
-        restore_optimizer(self.optimizer, self.parameter_names, load_tensors(path / "optimizer.safetensors"))
-        for shard in self.data.owned_shards:
-            tensors = load_tensors(path / bank_file(shard, len(self.data.shards)))
-            self.unwrapped.memory_bank.load_slide_state(self._shard_places(shard), tensors)
+        self.progress = self.state.restore(path)
         if self.is_main:
-            self.metrics.rewind(state["step"])
+            self.metrics.rewind(self.progress.step)
             logger.info("Going on from %s.", path)
-        return state["step"]
+        return self.progress.step
 
-    def _check_same_run(self, path: Path, saved: dict[str, Any]) -> None:
-        now = self.config.to_dict()
-        changed = [name for name in now if name not in _FREE_SETTINGS and now[name] != saved.get(name)]
-        if changed:
-            details = "; ".join(f"`{name}` was {saved.get(name)!r}, is {now[name]!r}" for name in changed)
-            raise CheckpointError(
-                f"{path} belongs to a run with other settings: {details}. Choose another output_dir."
-            )
-
-    def _train(self, first: int) -> int:
-        """Steps with gradient through the tile encoder; returns the number of completed steps."""
+    def load_steps(self, steps: range) -> Iterator[StepBatch]:
+        """Yields the plan and the tiles of each step."""
         config = self.config
         flips, stain = config.augment_flips, config.augment_stain
         dataset = StepDataset(self.data.source, self.data.sampler, augment_flips=flips, augment_stain=stain)
-        steps = range(first, config.num_steps)
-        loader = step_loader(dataset, steps, num_workers=config.num_workers, seed=config.seed)
+        return step_loader(dataset, steps, num_workers=config.num_workers, seed=config.seed)
+
+    def try_steps(self, num_steps: int) -> list[float]:
+        """Takes the first steps on an empty bank and saves nothing; returns the seconds of each. Collective.
+
+        Afterwards this trainer is of no further use.
+        """
         self.model.train()
-        started = time.monotonic()
-        for batch in tqdm(loader, total=len(steps), desc="training", unit="step", disable=not self.is_main):
-            waited = time.monotonic() - started
-            step = batch.plan.step
-            if step in config.codebook_refits:
+        seconds = []
+        for batch in self.load_steps(range(num_steps)):
+            self.accelerator.wait_for_everyone()
+            started = time.perf_counter()
+            self._step(batch)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _train(self, first: int) -> None:
+        """Steps with gradient through the tile encoder."""
+        config = self.config
+        steps = range(first, config.num_steps)
+        self.model.train()
+        loader = self.load_steps(steps)
+        bar = tqdm(loader, total=len(steps), desc="training", unit="step", disable=not self.is_main)
+        self.clock.switch("data")
+        for batch in bar:
+            self.clock.switch("wait")
+            self.accelerator.wait_for_everyone()
+            self.clock.switch("backward")
+            if batch.plan.step in config.codebook_refits:
                 tiles_per_slide = config.first_pass_tiles_per_slide
-                self.filler.refit(self.unwrapped, step, tiles_per_slide, config.codebook_sample)
+                with self.clock.within("save"):
+                    self.filler.refit(self.unwrapped, batch.plan.step, tiles_per_slide, config.codebook_sample)
             row = self._step(batch)
-            row |= {"seconds": time.monotonic() - started, "data_seconds": waited}
-            started = time.monotonic()
-            if self._after_step(step + 1, row):
-                return step + 1
-        return config.num_steps
+            if self._after_step(batch.plan, row, bar):
+                break
+            self.clock.switch("data")
 
     def _step(self, batch: StepBatch) -> dict[str, float]:
         """One step: `plan -> forward -> backward -> optimizer -> bank`."""
@@ -237,10 +279,11 @@ class Trainer:
         elif first == config.num_steps:
             self.filler.fill(model, first, None)
         model.train()
-        started = time.monotonic()
-        for step in tqdm(range(first, self._last_step), desc="finalizing", unit="step", disable=not self.is_main):
+        bar = tqdm(range(first, self._last_step), desc="finalizing", unit="step", disable=not self.is_main)
+        self.clock.switch("backward")
+        for step in bar:
             learning_rate = self._start_step(step)
-            plan = self.data.sampler.plan(step)
+            plan = self.plan = self.data.sampler.plan(step)
             slides = self.data.bank_places(plan.slides)
             nothing = torch.full((len(slides), 1), PADDING)
             residuals, counts = model.memory_bank.residuals_of_others(slides, nothing, model.codebook)
@@ -252,75 +295,99 @@ class Trainer:
             for parameter in (parameter for parameter in model.parameters() if parameter.grad is not None):
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
             row = {"loss": loss.item(), "learning_rate": learning_rate, "gradient_norm": self._descend()}
-            row["seconds"], started = time.monotonic() - started, time.monotonic()
-            if self._after_step(step + 1, row):
+            if self._after_step(plan, row, bar):
                 return
+            self.clock.switch("backward")
 
     def _start_step(self, step: int) -> float:
         """Sets what a step's arithmetic depends on, as a function of the step alone; returns the learning rate."""
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.accelerator.process_index)
+        seed = self.config.seed * 1_000_003 + step
+        self.unwrapped.residual_encoder.dropout_seed = seed
+        # Dropout of the tile encoder itself is drawn by each process.
+        torch.manual_seed(seed * 4099 + self.accelerator.process_index)
         return set_learning_rates(self.optimizer, step, self.config)
 
     def _check_finite(self, loss: torch.Tensor, plan: StepPlan) -> None:
-        if not torch.isfinite(loss):
-            names = self.data.names(plan)
-            raise FloatingPointError(f"The loss of step {plan.step} is not finite; slides of this process: {names}.")
+        self.plan = plan
+        self.finite.check_loss(loss, plan)
 
     def _descend(self) -> float:
         """Clips gradients and steps the optimizer; returns the gradient's norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
+        self.finite.check_gradient(norm, self.plan)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def _after_step(self, completed: int, row: dict[str, float]) -> bool:
-        """Logs and saves when it is time; returns whether to stop. Collective."""
-        stop = torch.tensor(float(self.received_signal or 0), device=self.device)
-        # A signal may reach one process only; all must stop after the same step.
-        stop = int(self.accelerator.gather(stop).max())
-        if completed % self.config.log_steps == 0 or completed == self._last_step:
-            self._log(completed, row)
-        if completed % self.config.checkpoint_steps == 0 or completed == self._last_step or stop:
-            self._save(completed)
-        self.stop_signal = stop or None
-        return bool(stop)
+    def _after_step(self, plan: StepPlan, row: dict[str, float], bar: tqdm) -> bool:
+        """Averages, logs, validates and saves when it is time; returns whether to stop. Collective."""
+        config, progress = self.config, self.progress
+        self.clock.switch("save")
+        completed = progress.step = plan.step + 1
+        is_training = completed <= config.num_steps
+        if self.average is not None and is_training:
+            self.average.update(completed)
+        self.log.count(plan, encodes=is_training)
+        if completed % config.log_steps == 0 or completed in (config.num_steps, self._last_step):
+            self.log.write(completed, row, bar)
+        is_due = is_training and (completed % config.validation_steps == 0 or completed == config.num_steps)
+        progress.validation_pending = self.validator is not None and is_due
+        self._agree_on_stop()
+        saves = completed % config.checkpoint_steps == 0 or completed == self._last_step
+        if progress.validation_pending and self.stop_signal is None:
+            self._validate()
+        ends = self.stop_signal is not None or progress.step > completed
+        if saves or ends:
+            self._save()
+        return ends
 
-    def _log(self, completed: int, row: dict[str, float]) -> None:
-        health = self.unwrapped.memory_bank.health(completed)
-        values = torch.tensor(list(health.values()), dtype=torch.float64, device=self.device)
-        health = dict(zip(health, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+    def _agree_on_stop(self) -> None:
+        """A signal may reach one process only; all must stop after the same step."""
+        received = torch.tensor(float(self.signals.received or 0), device=self.device)
+        self.stop_signal = int(self.accelerator.gather(received).max()) or None
+
+    def _validate(self) -> None:
+        """Validates, keeps the best model, and ends the training when it has not improved for long. Collective."""
+        config, progress, step = self.config, self.progress, self.progress.step
+        weights = self.average.in_model() if config.final_weights == "ema" else contextlib.nullcontext()
+        with weights:
+            scores = self.validator.validate(self.unwrapped, lambda: self.signals.received is not None)
+            if scores is None:
+                self._agree_on_stop()
+                return
+            value = scores[config.validation_metric]
+            if progress.take_validation(value, config):
+                self._save_model(self.output_dir / BEST_MODEL)
         if self.is_main:
-            scale = self.unwrapped.logit_scale.exp().item()
-            row = {"step": completed, **row, "logit_scale": scale} | {f"bank_{k}": v for k, v in health.items()}
-            self.metrics.append(row)
+            row = {"step": step, "event": "validation"}
+            self.metrics.append(row | {f"validation_{name}": value for name, value in scores.items()})
 
-    def _shard_places(self, shard: int) -> list[int]:
-        return self.data.bank_places(self.data.shards[shard]).tolist()
+    def _take_final_weights(self) -> None:
+        """Gives the model the weights that the final model, or the finalizing, shall have."""
+        if self.config.final_weights == "ema":
+            self.average.copy_to_model()
+        elif self.config.final_weights == "best":
+            best = type(self.unwrapped).from_pretrained(self.output_dir / BEST_MODEL)
+            self.unwrapped.load_state_dict(best.state_dict())
 
-    def _save(self, completed: int) -> None:
+    def _track(self, numbers: dict[str, float], step: int) -> None:
+        self.accelerator.log(numbers, step=step)
+
+    def _save(self) -> None:
         """Writes a checkpoint. Collective."""
-        bank, shards = self.unwrapped.memory_bank, self.data.shards
-        state = self.unwrapped.state_dict() if self.is_main else {}
-        weights = {
-            name: value.cpu().contiguous() for name, value in state.items() if not name.startswith(_TEXT_PREFIX)
-        }
-        self.checkpoints.save(
-            completed,
-            model_state=weights,
-            optimizer_state=optimizer_tensors(self.optimizer, self.parameter_names) if self.is_main else {},
-            bank_shards={
-                bank_file(shard, len(shards)): bank.slide_state(self._shard_places(shard))
-                for shard in self.data.owned_shards
-            },
-            trainer_state={"step": completed, "config": self.config.to_dict()},
-        )
+        self.state.save(self.checkpoints, self.progress)
 
-    def _save_model(self) -> None:
-        """Writes the final model to `<output_dir>/model`, as `from_pretrained` and `dre-slcl publish` take it."""
+    def _save_model(self, folder: Path) -> None:
+        """Writes a model as `from_pretrained` and `dre-slcl publish` take it."""
         if self.is_main:
             self.parts.model = self.unwrapped
             remove_temporary(self.output_dir)
-            with atomic_folder(self.output_dir / "model") as temporary:
+            with atomic_folder(folder) as temporary:
                 self.parts.save_pretrained(str(temporary))
-            logger.info("The trained model is in %s.", self.output_dir / "model")
+            logger.info("The model is in %s.", folder)
         self.accelerator.wait_for_everyone()
+
+    def _write_summary(self) -> None:
+        if self.is_main:
+            counts = {"processes": self.accelerator.num_processes, "slides": len(self.data.slides)}
+            write_summary(self.output_dir, run_facts(self.config, self.progress, self.unwrapped, **counts))

@@ -82,7 +82,7 @@ def campaign(root, count, seed):
     problems, states, output_dir = [], root / "states", Path(settings["output_dir"])
     last, old = settings["num_steps"], settings["num_steps"] - settings["checkpoint_steps"]
     states.mkdir()
-    expected = runs.expect_success(settings, lambda: play_all_points(last, states))
+    expected = runs.expect_success(settings, lambda: play_all_points(last, states), seconds=600)
     output_dir.rename(states / "rest")
     points = sorted(states.glob("0*"))
     found = {}

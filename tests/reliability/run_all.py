@@ -31,6 +31,15 @@ CAMPAIGNS = {
     "train_kills": ("R1, R7", "SIGKILL while training", 100, 2_000),
     "train_sabotages": ("R2", "training broken on purpose: kills until that is noticed", 20, None),
     "crash_points": ("R3", "an end before and after each file operation of a save; training goes on", 10, 1_000),
+    "power_loss": ("R4", "loss of power while training: what was not synced is dropped at random", 500, 5_000),
+    "train_disk_full": ("R5", "training on disks that are too small, up to the final model", 5, 25),
+    "damaged_checkpoints": ("R8", "a flipped bit, a cut, a missing file in a checkpoint", 300, 2_000),
+    "train_signals": ("R10", "SIGTERM and SIGINT while training, once and twice", 20, 100),
+    "determinism": ("R12", "the same training in processes that differ in what must not matter", 3, 6),
+    "pickles": ("H3", "pickles in every form wherever training reads a file", 30, 1_000),
+    "not_finite": ("H7", "NaN and infinity in pixels, bank, reports and gradients", 40, 100),
+    "odd_reports": ("H9", "reports that are missing, empty, huge, or not what they seem", 1, None),
+    "train_memory": ("M3, M4", "memory of the bank, and of a slide of 100 and 10,000 tiles", 10_000, None),
     "several_writers": ("R11", "two and eight builds in one folder, the one that got it killed", 5, 50),
 }
 

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import importlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -74,19 +75,24 @@ def _import_all(root):
 
 def start(settings, patch=None):
     """Forks a run, which calls `patch` first; returns its process id. Its log is beside its folder, `<folder>.log`."""
-    output_dir = settings["output_dir"]
-    config = Path(f"{output_dir}.yaml")
-    config.write_text(yaml.safe_dump(settings))
     process = os.fork()
-    if process:
-        return process
-    status = CRASHED
+    if not process:
+        train_here(settings, patch)
+    return process
+
+
+def train_here(settings, patch=None):
+    """Trains in this process, which ends with it."""
+    beside, status = _beside(settings), CRASHED
     try:
-        log = os.open(f"{output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        config = Path(f"{beside}.yaml")
+        config.write_text(yaml.safe_dump(settings))
+        log = os.open(f"{beside}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
         faulthandler.enable(log)
-        after(Trainer, "run", lambda trainer, result: _tell_state(trainer, Path(f"{output_dir}.state")))
+        logging.root.handlers.clear()  # those of the campaign; the command line sets its own
+        after(Trainer, "run", lambda trainer, result: _tell_state(trainer, Path(f"{beside}.state")))
         if patch is not None:
             patch()
         status = main(["--config", str(config)])
@@ -130,18 +136,18 @@ def wait_until(condition, process):
     return True
 
 
-def run(settings, patch=None):
+def run(settings, patch=None, seconds=WAIT_SECONDS):
     """Runs to the end; returns the exit status."""
-    return end(start(settings, patch))
+    return end(start(settings, patch), seconds)
 
 
-def expect_success(settings, patch=None):
+def expect_success(settings, patch=None, seconds=WAIT_SECONDS):
     """Runs to the end; returns the digest of what it leaves.
 
     Raises:
         RuntimeError: with the log, if it fails.
     """
-    status = run(settings, patch)
+    status = run(settings, patch, seconds)
     if status:
         raise RuntimeError(f"Training ended with {status}: {log_of(settings)[-3000:]}")
     return digest(settings)
@@ -196,15 +202,21 @@ def share_out(work, shares):
     return results
 
 
+def _beside(settings):
+    """Log, settings and digest of a run lie beside its folder; beside its file system if that is small."""
+    output_dir = Path(settings["output_dir"])
+    return output_dir.parent if output_dir.parent.is_mount() else output_dir
+
+
 def log_of(settings):
-    return Path(f"{settings['output_dir']}.log").read_text(encoding="utf-8", errors="replace")
+    return Path(f"{_beside(settings)}.log").read_text(encoding="utf-8", errors="replace")
 
 
 def remove(settings):
     """Removes a run and what was written beside its folder."""
     shutil.rmtree(settings["output_dir"], ignore_errors=True)
     for suffix in (".log", ".state", ".yaml"):
-        Path(f"{settings['output_dir']}{suffix}").unlink(missing_ok=True)
+        Path(f"{_beside(settings)}{suffix}").unlink(missing_ok=True)
 
 
 def checkpoints(settings):
@@ -239,7 +251,7 @@ def in_commit(settings):
 def digest(settings):
     """Hash of all that a finished run held in memory and left: state, metrics but for times, final model."""
     output_dir = Path(settings["output_dir"])
-    summary = {"state": Path(f"{output_dir}.state").read_text(), "metrics": metrics_of(settings)}
+    summary = {"state": Path(f"{_beside(settings)}.state").read_text(), "metrics": metrics_of(settings)}
     for path in sorted((output_dir / "model").iterdir()):
         summary[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()

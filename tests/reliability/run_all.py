@@ -55,6 +55,14 @@ def run(name, count=None, *options):
         raise RuntimeError(f"{name} ended with status {done.returncode}: {done.stdout}{done.stderr}"[-4000:]) from None
 
 
+def run_together(counts):
+    """Runs campaigns of training, name -> count, in one process; returns the figures of each, and what was printed."""
+    command = [sys.executable, "-m", "tests.reliability.together", *(f"{name}={n}" for name, n in counts.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    return {figures.pop("name"): figures for figures in lines}, done.stdout + done.stderr[-3000:]
+
+
 def describe_machine():
     """One line about where and on what the figures were made."""
     cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.processor()]

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from dre_slcl.training.run_data import RunData
+from dre_slcl.training.reports import ReportEncoder
 from modeling_dre_slcl import DreSlclImageProcessor
 from modeling_dre_slcl.memory_bank import MemoryBank
 
@@ -23,7 +23,7 @@ VALUES = (math.nan, math.inf, -math.inf)
 LAST_STEP = 4
 
 
-def plant_in_pixels(step, value, chance):
+def plant_in_pixels(step, value, chance, mode):
     """In a random value of one sampled tile of one slide of a step."""
     calls = []
 
@@ -36,36 +36,32 @@ def plant_in_pixels(step, value, chance):
     runs.after(DreSlclImageProcessor, "tiles_to_pixel_values", spoil)
 
 
-def plant_in_bank(step, value, chance):
-    """In the features and running sums of all slides, after the step before has written its own."""
-    calls = []
+def plant_in_bank(step, value, chance, mode):
+    """In the features and running sums of all slides, before a step reads them."""
+    calls, name = [], "read" if mode == "paper" else "residuals_of_others"
+    original = getattr(MemoryBank, name)
 
-    def spoil(bank, result):
-        calls.append(result)
+    def spoil_and_call(bank, *arguments):
+        calls.append(name)
         if len(calls) == step:
             bank.features[:, chance.randrange(bank.hidden_size)] = value
             bank.feature_sums[..., chance.randrange(bank.hidden_size)] = value
+        return original(bank, *arguments)
 
-    for name in ("residuals_of_others", "read"):
-        original = getattr(MemoryBank, name)
-
-        def spoil_and_call(self, *arguments, original=original):
-            spoil(self, None)
-            return original(self, *arguments)
-
-        setattr(MemoryBank, name, spoil_and_call)
+    setattr(MemoryBank, name, spoil_and_call)
 
 
-def plant_in_reports(step, value, chance):
+def plant_in_reports(step, value, chance, mode):
     """In the encodings of all reports."""
 
-    def spoil(data, result):
-        data.report_embeds[:, chance.randrange(data.report_embeds.shape[1])] = value
+    def spoil(encoder, encoded):
+        with torch.inference_mode():
+            encoded[:, chance.randrange(encoded.shape[1])] = value
 
-    runs.after(RunData, "set_report_embeds", spoil)
+    runs.after(ReportEncoder, "encode", spoil)
 
 
-def plant_in_gradients(step, value, chance):
+def plant_in_gradients(step, value, chance, mode):
     """In one number of one parameter's gradient."""
     calls = []
 
@@ -111,7 +107,7 @@ def campaign(root, count, seed):
         place, value = list(PLACES)[index % len(PLACES)], VALUES[index % len(VALUES)]
         step, mode = chance.randint(1, LAST_STEP), chance.choice(("paper", "full", "corrected"))
         runs.remove(settings)
-        status = runs.run(settings | {"bank_mode": mode}, lambda: PLACES[place](step, value, chance))  # noqa: B023
+        status = runs.run(settings | {"bank_mode": mode}, lambda: PLACES[place](step, value, chance, mode))  # noqa: B023
         text = f"{value} in {place} at step {step}, mode {mode}"
         check(problems, status == 1, f"{text}: status {status}: {runs.log_of(settings)[-1500:]}")
         stopped[place] += status == 1

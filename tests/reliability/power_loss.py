@@ -49,7 +49,7 @@ class Recorder:
         elif what in ("rename", "link"):
             new_folder = target.parent.lstat().st_ino
             self.events.append([what, folder, path.name, inode, new_folder, target.name])
-        elif what in ("unlink", "rmdir"):
+        elif what in ("unlink", "rmdir") and inode is not None:
             self.events.append(["unlink", folder, path.name, inode])
         elif what == "fsync":
             self.events.append(["sync", inode, self._copy(path)])
@@ -114,7 +114,8 @@ def lose_power(events, moment, chance):
         if what == "mkdir":
             folders.setdefault(rest[1], {})
         elif what == "file":
-            files[rest[1]] = (rest[2], chance.choice([0.0, 0.5, 1.0]))
+            # A file that was opened again was added to: what it held before stays.
+            files[rest[1]] = files.get(rest[1], (rest[2], chance.choice([0.0, 0.5, 1.0])))
     return folders, files
 
 

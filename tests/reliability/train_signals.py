@@ -20,6 +20,7 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 def stop_once(settings, number, chance, length, problems):
     """Sends a signal; returns the seconds until the end."""
+    runs.remove(settings)
     process = runs.start(settings)
     runs.wait_until(lambda: runs.metrics_of(settings), process)
     time.sleep(chance.uniform(0, length))
@@ -35,6 +36,7 @@ def stop_once(settings, number, chance, length, problems):
 
 def stop_twice(settings, number, chance, problems):
     """Sends a signal, and again while the run may be saving; returns the seconds until the end."""
+    runs.remove(settings)
     process = runs.start(settings)
     runs.wait_until(lambda: runs.metrics_of(settings), process)
     before = max(runs.valid_steps(settings), default=-1)
@@ -60,8 +62,6 @@ def campaign(root, count, seed):
             longest_twice = max(longest_twice, stop_twice(settings, number, chance, problems))
         else:
             longest = max(longest, stop_once(settings, number, chance, 0.3, problems))
-        if index % 4 == 3:
-            runs.remove(settings)
     check(problems, longest <= limit, f"stopped after {longest:.1f} s")
     check(problems, longest_twice <= limit / 2, f"stopped {longest_twice:.1f} s after the second signal")
     figures = {"cases": count, "faults": len(problems), "longest_seconds": round(longest, 2)}

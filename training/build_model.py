@@ -6,12 +6,13 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from modeling_dre_slcl import DreSlclConfig, DreSlclImageProcessor, DreSlclModel, DreSlclProcessor
 from modeling_dre_slcl.tile_encoder import build_tile_encoder, tile_encoder_width
 
 from .config import TrainConfig
+from .pretrained import load_pretrained
 from .reports import ReportEncoder
 
 
@@ -89,7 +90,7 @@ def _tile_encoder(config: TrainConfig) -> PreTrainedModel:
         settings = dict(config.tile_encoder_config)
         encoder_config = AutoConfig.for_model(settings.pop("model_type", "vit"), **settings)
         return build_tile_encoder(encoder_config, "pooler")
-    encoder, loading = AutoModel.from_pretrained(config.tile_encoder, use_safetensors=True, output_loading_info=True)
+    encoder, loading = load_pretrained(config.tile_encoder, output_loading_info=True)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(
@@ -134,7 +135,7 @@ def _published(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
 
 def _load_parts(config: TrainConfig) -> ModelParts:
     """Loads a DRE-SLCL model to go on from."""
-    model = AutoModel.from_pretrained(config.model, use_safetensors=True)
+    model = load_pretrained(config.model)
     image_processor = AutoImageProcessor.from_pretrained(config.model)
     if model.text_encoder is not None:
         tokenizer = AutoTokenizer.from_pretrained(config.model)

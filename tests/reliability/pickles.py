@@ -169,7 +169,8 @@ def feature_files(root, payloads, marker, problems):
 
 
 def _read_npz(path):
-    return array_files.read_npz(path, ("features",))
+    if not array_files.read_npz(path, ("features",)):
+        raise ForeignFileError("unreadable", f"{path.name}: a zip without arrays; nothing was read")
 
 
 def _read_hdf5(path):

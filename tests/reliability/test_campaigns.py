@@ -26,10 +26,10 @@ QUICK = {
 # Those of training share a process, for it imports for as long as they run.
 QUICK_TRAINING = {
     "train_kills": 10,
-    "crash_points": 2,
-    "power_loss": 80,
+    "crash_points": 1,
+    "power_loss": 60,
     "train_disk_full": 2,
-    "damaged_checkpoints": 50,
+    "damaged_checkpoints": 40,
     "train_signals": 4,
     "pickles": 4,
     "not_finite": 4,

@@ -27,9 +27,8 @@ def damage(file, way, chance):
         del content[place if way == "cut" else 0 :]
     elif way == "longer":
         content += b"\0"
-    if way == "missing":
-        file.unlink()
-    else:
+    file.unlink()  # another checkpoint may hold the same file by a hard link
+    if way != "missing":
         file.write_bytes(content)
     return f"{file.name}: {way} at {place}"
 

@@ -68,6 +68,8 @@ def _rename_before_data():
     mkdir, prefix = Path.mkdir, atomic_files.TEMPORARY_PREFIX
 
     def mkdir_of_final_name(self, *arguments, **options):
+        if self.is_symlink():
+            return  # made before, and asked for again by whoever writes a file there
         if self.name.startswith(f"{prefix}step-"):
             final = self.with_name(self.name.removeprefix(prefix))
             mkdir(final, *arguments, **options)

@@ -65,7 +65,13 @@ def _restart_steps():
 
 def _rename_before_data():
     """A checkpoint is written under its final name, and a folder with that name is trusted."""
-    mkdir, prefix = Path.mkdir, atomic_files.TEMPORARY_PREFIX
+    mkdir, prefix, commit = Path.mkdir, atomic_files.TEMPORARY_PREFIX, atomic_files.commit_folder
+
+    def commit_or_be_there(temporary, target):
+        if temporary.is_symlink():
+            temporary.unlink()
+        else:
+            commit(temporary, target)
 
     def mkdir_of_final_name(self, *arguments, **options):
         if self.is_symlink():
@@ -78,7 +84,7 @@ def _rename_before_data():
             mkdir(self, *arguments, **options)
 
     Path.mkdir = mkdir_of_final_name
-    runs.replace_everywhere(atomic_files.commit_folder, lambda temporary, target: temporary.unlink())
+    runs.replace_everywhere(commit, commit_or_be_there)
     runs.replace_everywhere(checkpoint.validate_checkpoint, lambda path: None)
 
 

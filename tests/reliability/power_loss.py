@@ -11,13 +11,13 @@ nothing torn may be taken. Training goes on from one state in a hundred, to the 
 
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
 from pathlib import Path
 
 from dre_slcl.training import checkpoint
+from modeling_dre_slcl import atomic_files
 
 from . import file_events
 from . import training_runs as runs
@@ -151,7 +151,7 @@ def record(settings, sabotage):
 
     def patch():
         if sabotage:
-            os.fsync = lambda descriptor: None
+            runs.replace_everywhere(atomic_files.sync_path, lambda path: None)
         Recorder(root, root.with_name("copies"))
         runs.after(checkpoint.CheckpointFolder, "save", keep_files)
 

@@ -9,7 +9,7 @@ help:
 	@echo "make demo       set up, then run everything on a small synthetic cohort (SEEDS=\"0 1 2\" for several)"
 	@echo "make test       set up, then run style checks and the default tests"
 	@echo "make test-slow  the tests that take long"
-	@echo "make reliability  kills, full disks, damaged and hostile slides, in large numbers; half an hour"
+	@echo "make reliability  kills, full disks, damaged and hostile files, in large numbers; an hour or two"
 	@echo "make style      format the code"
 
 $(VENV)/installed: pyproject.toml

@@ -15,7 +15,8 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # What could run foreign code, or tear a file that a crash meets.
 BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-BANNED_CALLS = {"eval", "exec", "torch.save", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"}
+BANNED_CALLS = {"eval", "exec", "compile", "__import__", "torch.save", "torch.load", "yaml.load", "yaml.unsafe_load"}
+BANNED_CALLS |= {"os.system", "os.popen", "pandas.read_pickle", "pd.read_pickle"}
 BANNED_METHODS = {"save_state", "load_state"}  # of Accelerator: not atomic, and pickles
 BANNED_OPTIONS = {"allow_pickle", "shell", "trust_remote_code"}
 
@@ -40,6 +41,9 @@ def banned(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [item.name for item in node.names]
             yield from ((node.lineno, name) for name in modules if name.split(".")[0] in BANNED_MODULES)
+            if isinstance(node, ast.ImportFrom):  # under its own name a call could not be told
+                given = [f"{node.module}.{item.name}" for item in node.names]
+                yield from ((node.lineno, name) for name in given if name in BANNED_CALLS)
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             options = [ast.unparse(option) for option in node.keywords]
@@ -51,6 +55,8 @@ def banned(tree):
                 (node.lineno, text) for text in options if text.startswith("weights_only=") and not is_safe_load
             )
             for option in node.keywords:
+                if option.arg == "use_safetensors" and ast.unparse(option.value) != "True":
+                    yield node.lineno, f"use_safetensors={ast.unparse(option.value)}"
                 if option.arg in BANNED_OPTIONS and ast.unparse(option.value) not in ("False", "None"):
                     yield node.lineno, f"{option.arg}={ast.unparse(option.value)}"
 
@@ -87,6 +93,13 @@ def test_a_shipped_file_keeps_the_house_rules(path):
 @pytest.mark.parametrize(
     "code",
     [
+        *(
+            "from torch import load",
+            "from yaml import load as read",
+            "compile(text, name, 'exec')",
+            "__import__(name)",
+        ),
+        *("pd.read_pickle(path)", "AutoModel.from_pretrained(name, use_safetensors=False)"),
         *("import pickle", "from joblib import load", "torch.save(x, path)", "eval(text)", "os.system('ls')"),
         *("torch.load(path)", "torch.load(path, weights_only=flag)", "read(path, weights_only=False)"),
         *("np.load(path, allow_pickle=True)", "yaml.load(text)", "subprocess.run(line, shell=True)"),

@@ -21,6 +21,7 @@ from modeling_dre_slcl.tile_encoder import build_tile_encoder, tile_encoder_widt
 
 from .config import TrainConfig
 from .lora import merge_lora, save_adapter
+from .pretrained import load_pretrained
 from .pretrained_encoder import (
     Preprocessing,
     check_input_size,
@@ -61,7 +62,12 @@ class ModelParts:
         if self.model.text_encoder is None or self.report_encoder is None:
             self.image_processor.save_pretrained(folder)
         else:
-            DreSlclProcessor(self.image_processor, self.report_encoder.tokenizer).save_pretrained(folder)
+            tokenizer = self.report_encoder.tokenizer
+            if hasattr(tokenizer, "backend_tokenizer"):
+                # It remembers how it was last called; a run whose reports came from the cache never called it.
+                tokenizer.backend_tokenizer.no_truncation()
+                tokenizer.backend_tokenizer.no_padding()
+            DreSlclProcessor(self.image_processor, tokenizer).save_pretrained(folder)
 
 
 def build_model(
@@ -188,9 +194,7 @@ def _load_parts(config: TrainConfig, label_fields: dict[str, Any]) -> ModelParts
             f"{config.model} was trained with `contrastive_loss: {model_config.contrastive_loss}`, not "
             f"{config.contrastive_loss}; go on with its own."
         )
-    model, loading = model_class.from_pretrained(
-        config.model, config=model_config, use_safetensors=True, output_loading_info=True
-    )
+    model, loading = load_pretrained(config.model, model_class, config=model_config, output_loading_info=True)
     check_loaded(config.model, model, loading, may_lack=may_lack, may_exceed=("classifier.",))
     image_processor = AutoImageProcessor.from_pretrained(config.model)
     if model.text_encoder is not None:

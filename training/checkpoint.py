@@ -9,7 +9,7 @@
     bank-00003-of-00008.safetensors the memory bank of virtual shard 3, one file per shard
     strata-00003-of-00008.safetensors  what each of its tiles is drawn by, in the modes that draw by codeword
     trainer_state.json              step, best validation, and the settings of the run
-    manifest.json                   SHA-256 and size of each file above; written last
+    manifest.json                   SHA-256 and size of each file above, and of itself; written last
 ```
 
 No randomness is stored: every random number of a run is a function of its seed and the step. Tensors are safetensors,
@@ -17,6 +17,8 @@ the rest JSON; nothing is pickled. Saving and loading are collective: every proc
 the shards it owns, and the main process does the rest.
 """
 
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_dre_slcl.atomic_files import (
@@ -38,6 +41,7 @@ from modeling_dre_slcl.atomic_files import (
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+_SEAL = "manifest_sha256"
 
 
 class CheckpointError(ValueError):
@@ -71,6 +75,8 @@ class CheckpointFolder:
         """Makes the folder and removes what a killed run left half-written. Collective."""
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder.parent, self.folder.parent.parent):
+                sync_path(folder)  # or a power loss may take new folders, with all that is synced in them
             remove_temporary(self.folder)
         self.barrier()
 
@@ -111,7 +117,7 @@ class CheckpointFolder:
             files = sorted(path for path in temporary.iterdir())
             known = self._known_files()
             entries = {path.name: _entry(path, known.get(path.stat().st_ino)) for path in files}
-            write_json(temporary / MANIFEST, {"step": step, "files": entries})
+            write_json(temporary / MANIFEST, _sealed({"step": step, "files": entries}))
             commit_folder(temporary, target)
             self._rotate()
         self.barrier()
@@ -130,10 +136,12 @@ class CheckpointFolder:
 
     def _known_files(self) -> dict[int, dict[str, Any]]:
         """Entries of the newest checkpoint's manifest by the number of the file, which a hard link shares."""
-        for path in sorted(self.folder.glob("step-*"), reverse=True)[:1]:
-            entries = read_json(path / MANIFEST)["files"]
-            return {(path / name).stat().st_ino: entry for name, entry in entries.items()}
-        return {}
+        newest = max(self.folder.glob("step-*"), default=None)
+        try:
+            entries = {} if newest is None else read_json(newest / MANIFEST)["files"]
+            return {(newest / name).stat().st_ino: entry for name, entry in entries.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one, which was passed over
+            return {}
 
     def _rotate(self) -> None:
         """Removes all but the newest checkpoints. The new one was just sealed, so a valid one always remains."""
@@ -171,7 +179,10 @@ def validate_checkpoint(path: Path) -> None:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} has no {MANIFEST}: it was never completed.")
     try:
-        entries = read_json(path / MANIFEST)["files"]
+        manifest = read_json(path / MANIFEST)
+        entries = manifest["files"]
+        if json.dumps(_sealed(manifest)) != json.dumps(manifest) or manifest["step"] != int(path.name[-8:]):
+            raise ValueError("it differs from what was saved")
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({error}).") from error
@@ -183,15 +194,24 @@ def validate_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{file} differs from what was saved.")
 
 
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the SHA-256 of all else in it, as its last entry."""
+    content = {name: value for name, value in manifest.items() if name != _SEAL}
+    return content | {_SEAL: hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+
+
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file of a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: if it is missing.
+        CheckpointError: if it is missing, or no safetensors file.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file ({error}).") from error
 
 
 def optimizer_tensors(

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class MetricsLog:
         """Adds a line."""
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())  # a checkpoint that outlives a power loss must not outlive its metrics
         if self.track is not None:
             numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
             self.track(numbers, row["step"])

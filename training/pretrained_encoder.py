@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
+
+from .pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
 # Names under which timm takes the same places.
@@ -49,9 +51,7 @@ def load_tile_encoder(name: str) -> tuple[PreTrainedModel, Preprocessing]:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         # Some repositories of timm's layout say twice that there is no head; transformers says so itself.
         (getattr(config, "model_args", None) or {}).pop("num_classes", None)
-        encoder, loading = AutoModel.from_pretrained(
-            source, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
+        encoder, loading = load_pretrained(source, config=config, output_loading_info=True, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"Tile encoder {name} cannot be loaded from a config.json and safetensors weights: {error} Pickled "

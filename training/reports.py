@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from modeling_dre_slcl.atomic_files import atomic_file
 from modeling_dre_slcl.report_encoder import pool_report_states
+
+from .pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class ReportEncoder:
     @classmethod
     def from_pretrained(cls, name_or_path: str, *, pooling: str, max_tokens: int, **kwargs: Any) -> "ReportEncoder":
         """Loads a text model and its tokenizer from a folder or the Hub; weights from safetensors only."""
-        model = AutoModel.from_pretrained(name_or_path, use_safetensors=True, **kwargs)
+        model = load_pretrained(name_or_path, **kwargs)
         return cls(model, AutoTokenizer.from_pretrained(name_or_path), pooling=pooling, max_tokens=max_tokens)
 
     @property
@@ -99,8 +102,15 @@ def encode_reports(encoder: ReportEncoder, reports: Sequence[str], cache: str | 
     for report in tqdm(missing, desc="encoding reports", unit="report", disable=len(missing) < 32):
         with atomic_file(paths[report]) as temporary:
             save_file({"embedding": encoder.encode([report])[0].contiguous()}, temporary)
-    loaded = {report: load_file(path)["embedding"] for report, path in paths.items()}
+    loaded = {report: _load_cached(path) for report, path in paths.items()}
     return torch.stack([loaded[report] for report in reports])
+
+
+def _load_cached(path: Path) -> torch.Tensor:
+    try:
+        return load_file(path)["embedding"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: this file of the cache of reports is damaged ({error}); delete it.") from error
 
 
 def _cache_path(folder: Path, report: str) -> Path:

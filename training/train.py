@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import TrainConfig, add_config_arguments, config_from_arguments
+from .disk_space import DiskFullError, disk_full_reported
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 _SIGNAL_EXIT_BASE = 128
+_DISK_FULL_EXIT = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status: 0 at the end, 128 + the signal that stopped it, 1 for an error."""
+    """Runs the command.
+
+    Returns:
+        `int`: exit status: 0 at the end, 128 + the signal that stopped it, 5 if the disk is full, 1 for another error.
+    """
     try:
         config = config_from_arguments(arguments)
         return dry_run(config) if arguments.dry_run else train(config)
     except (ValueError, OSError, FloatingPointError) as error:
         logger.error("%s", error)
-        return 1
+        return _DISK_FULL_EXIT if isinstance(error, DiskFullError) else 1
 
 
 def train(config: TrainConfig) -> int:
@@ -56,6 +62,7 @@ def train(config: TrainConfig) -> int:
 
     Raises:
         ValueError: for settings or data that do not fit together.
+        DiskFullError: if the disk is full; what was saved before is sound.
         OSError: if another run writes to the same folder, or files cannot be read or written.
         FloatingPointError: at the first number that is not finite; the last checkpoint is sound.
     """
@@ -68,7 +75,8 @@ def train(config: TrainConfig) -> int:
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     is_first = int(os.environ.get("RANK", "0")) == 0
-    with folder_lock(output_dir) if is_first else contextlib.nullcontext():
+    lock = folder_lock(output_dir) if is_first else contextlib.nullcontext()
+    with lock, disk_full_reported(output_dir, output_dir / "checkpoints"):
         trainer = Trainer(config)
         _check_group(trainer)
         try:

@@ -25,9 +25,21 @@ CAMPAIGNS = {
     "hostile_names": ("H1, H2, H6, H8", "ids, paths, cells and names that try to escape; same slides", None, None),
     "links": ("H5", "symbolic links where a build writes", 20, 100),
     "patient_data": ("H11", "strings planted in vendors' metadata", None, None),
-    "memory": ("M1, M2", "slides of 10,000 and 200,000 px; 200 slides in one worker", 200, 1_000),
+    "memory": ("M1, M2", "slides of 10,000 and 200,000 px; 200 slides in one worker", 200, 200),
     "disk_full": ("R5", "builds on disks that are too small", 5, 25),
     "build_kills": ("R6", "SIGKILL while building", 100, 500),
+    "train_kills": ("R1, R7", "SIGKILL while training", 100, 2_000),
+    "train_sabotages": ("R2", "training broken on purpose: kills until that is noticed", 20, None),
+    "crash_points": ("R3", "an end before and after each file operation of a save; training goes on", 10, 1_000),
+    "power_loss": ("R4", "loss of power while training: what was not synced is dropped at random", 500, 5_000),
+    "train_disk_full": ("R5", "training on disks that are too small, up to the final model", 5, 25),
+    "damaged_checkpoints": ("R8", "a flipped bit, a cut, a missing file in a checkpoint", 300, 2_000),
+    "train_signals": ("R10", "SIGTERM and SIGINT while training, once and twice", 20, 100),
+    "determinism": ("R12", "the same training in processes that differ in what must not matter", 3, 6),
+    "pickles": ("H3", "pickles in every form wherever training reads a file", 30, 1_000),
+    "not_finite": ("H7", "NaN and infinity in pixels, bank, reports and gradients", 40, 100),
+    "odd_reports": ("H9", "reports that are missing, empty, huge, or not what they seem", 1, None),
+    "train_memory": ("M3, M4", "memory of the bank, and of a slide of 100 and 10,000 tiles", 10_000, None),
     "several_writers": ("R11", "two and eight builds in one folder, the one that got it killed", 5, 50),
 }
 
@@ -41,6 +53,14 @@ def run(name, count=None, *options):
         return json.loads(done.stdout.splitlines()[-1]), done
     except (IndexError, ValueError):
         raise RuntimeError(f"{name} ended with status {done.returncode}: {done.stdout}{done.stderr}"[-4000:]) from None
+
+
+def run_together(counts):
+    """Runs campaigns of training, name -> count, in one process; returns the figures of each, and what was printed."""
+    command = [sys.executable, "-m", "tests.reliability.together", *(f"{name}={n}" for name, n in counts.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    return {figures.pop("name"): figures for figures in lines}, done.stdout + done.stderr[-3000:]
 
 
 def describe_machine():

@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from .run_all import CAMPAIGNS, ROOT, run
+from .run_all import CAMPAIGNS, ROOT, run, run_together
 
 # What takes seconds. The others are run where slow tests are.
 QUICK = {
@@ -23,7 +23,21 @@ QUICK = {
     "build_kills": 5,
     "several_writers": 1,
 }
-NEED_ROOT = {"disk_full"}
+# Those of training share a process, for it imports for as long as they run.
+QUICK_TRAINING = {
+    "train_kills": 10,
+    "crash_points": 1,
+    "power_loss": 60,
+    "train_disk_full": 2,
+    "damaged_checkpoints": 40,
+    "train_signals": 4,
+    "pickles": 4,
+    "not_finite": 4,
+    "odd_reports": 1,
+    "train_memory": 10_000,
+}
+TRAINING = {*QUICK_TRAINING, "train_sabotages", "determinism"}
+NEED_ROOT = {"disk_full", "train_disk_full"}
 
 
 def check(name, count):
@@ -43,11 +57,38 @@ def test_few_cases(name):
     check(name, QUICK[name])
 
 
+def check_together(counts):
+    figures, output = run_together(counts)
+    print(output)
+    assert {name: found.get("faults", found) for name, found in figures.items()} == dict.fromkeys(counts, 0)
+    assert all(found["cases"] or "skipped" in found for found in figures.values())
+
+
+@pytest.mark.timeout(600)
+def test_few_cases_of_training():
+    check_together(QUICK_TRAINING)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_usual_counts_of_training():
+    check_together({name: CAMPAIGNS[name][2] for name in sorted(TRAINING)})
+
+
+@pytest.mark.slow
+def test_a_loss_of_power_would_be_noticed_if_nothing_was_synced():
+    assert run("power_loss", 40, "--sabotage")[0]["faults"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "name",
-    [name for name, (_, _, default, _) in CAMPAIGNS.items() if default is not None or name not in QUICK],
+    [
+        name
+        for name, (_, _, default, _) in CAMPAIGNS.items()
+        if name not in TRAINING and (default is not None or name not in QUICK)
+    ],
 )
 def test_usual_counts(name):
     figures = check(name, CAMPAIGNS[name][2])
@@ -68,7 +109,7 @@ def test_every_campaign_is_run():
     files = {path.stem for path in (ROOT / "tests" / "reliability").glob("*.py")}
     campaigns = {name for name in files if "run_campaign(" in (ROOT / f"tests/reliability/{name}.py").read_text()}
     assert campaigns - {"campaign", "test_campaigns"} == set(CAMPAIGNS)
-    assert set(QUICK) <= set(CAMPAIGNS)
+    assert set(QUICK) | TRAINING <= set(CAMPAIGNS)
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert all(f"`{name}" in page for name in CAMPAIGNS)
     assert "reliability:" in (ROOT / "Makefile").read_text()

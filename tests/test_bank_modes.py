@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dre_slcl.training.config import TrainConfig
 from dre_slcl.training.metrics_log import read_metrics
 from dre_slcl.training.trainer import Trainer
+from modeling_dre_slcl.slide_state import fixed_point, from_fixed_point
 
 from . import tiny_dataset
 
@@ -43,9 +44,9 @@ def one_step(trainer):
         features = encode_slide(trainer, trainer.data.owned[slide])[None].detach()
         bank.write(torch.tensor([slide]), tiles[None], features, trainer.unwrapped.codebook, 0)
     found = {}
-    trainer._descend = lambda: found.update(gradients(trainer.unwrapped)) or 0.0
+    trainer.optimizer_step.descend = lambda plan: found.update(gradients(trainer.unwrapped)) or 0.0
     batch = next(trainer._batches(0))
-    row = trainer._step(batch)
+    row = trainer.training_step.take(batch)
     return row["loss"], found, batch.plan
 
 
@@ -60,10 +61,16 @@ def gradients(model):
 
 
 def all_tiles(trainer, plan):
-    """Loss and gradients of the step's slides with all their tiles in one graph."""
+    """Loss and gradients of the step's slides with all their tiles in one graph.
+
+    Sums over tiles that are not sampled are kept on a grid (`slide_state`), so those tiles are rounded to it here too.
+    """
     sizes = [trainer.data.source.slides[slide].num_tiles for slide in plan.slides]
     mask = torch.arange(max(sizes))[None] < torch.tensor(sizes)[:, None]
     model, encoded = trainer.unwrapped, [encode_slide(trainer, slide) for slide in plan.slides.tolist()]
+    for features, sampled in zip(encoded, plan.sampled.tolist(), strict=True):
+        others = [tile for tile in range(len(features)) if tile not in sampled]
+        features.data[others] = from_fixed_point(fixed_point(features.detach()[others]))
     features = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
     model.zero_grad()
     outputs = model.get_slide_features(features, mask)
@@ -126,7 +133,7 @@ def test_the_gradient_check_finds_the_exact_mode_exact(data, tmp_path):
     trainer = make_trainer(data, tmp_path, bank_mode="exact", gradient_check_steps=1)
     trainer._resume()
     trainer.model.train()
-    assert trainer._step(next(trainer._batches(0)))["gradient_cosine"] == pytest.approx(1, abs=1e-6)
+    assert trainer.training_step.take(next(trainer._batches(0)))["gradient_cosine"] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("stop_after", [2, 5])
@@ -138,10 +145,10 @@ def test_strata_refresh_and_dropout_resume_to_the_bit(data, tmp_path, stop_after
     stopped = Trainer(settings)
     after_step = stopped._after_step
 
-    def stop(completed, row):
-        if completed == stop_after:
-            stopped.received_signal = 15
-        return after_step(completed, row)
+    def stop(plan, row, bar):
+        if plan.step + 1 == stop_after:
+            stopped.signals.received = 15
+        return after_step(plan, row, bar)
 
     stopped._after_step = stop
     assert stopped.run() == 15
@@ -157,7 +164,7 @@ def test_refreshed_tiles_are_in_the_bank_before_the_step_reads_it(data, tmp_path
     trainer.unwrapped.memory_bank.written_step.fill_(-1)
     trainer.unwrapped.memory_bank.feature_sums.zero_()
     trainer.unwrapped.memory_bank.counts.zero_()
-    trainer._step(batch)
+    trainer.training_step.take(batch)
     bank, places = trainer.unwrapped.memory_bank, trainer.data.bank_places(batch.plan.slides)
     written = torch.zeros_like(bank.written_step, dtype=torch.bool)
     for place, *tiles in zip(places, batch.plan.sampled, batch.plan.refreshed, strict=True):

@@ -36,6 +36,28 @@ class SlideInterfaces:
         state.add(tile_features.to(self.codebook.device), self.codebook)
         return state
 
+    def state_of_region(
+        self, region: Any, tile_features: torch.Tensor, tile_xy: torch.Tensor, tile_size_level0_px: float
+    ) -> SlideState:
+        """Returns the state of the tiles whose centre lies in a region, without encoding anything again.
+
+        Args:
+            region (`regions.Region`): from `regions.box_region` or `regions.read_regions`.
+            tile_features (`torch.Tensor` of shape `(N, D)`, float): features of the slide's tiles.
+            tile_xy (`torch.Tensor` of shape `(N, 2)`, int32): their top-left corners, level-0 pixels.
+            tile_size_level0_px (`float`): side of a tile, level-0 pixels.
+        """
+        from .regions import tiles_in_region
+
+        inside = tiles_in_region(region, torch.as_tensor(tile_xy).numpy(), tile_size_level0_px)
+        return self.state_of_tiles(tile_features[torch.from_numpy(inside).to(tile_features.device)])
+
+    def to_trident_encoder(self, **kwargs: Any) -> torch.nn.Module:
+        """Returns the model as a slide encoder of TRIDENT; arguments as in `trident_encoder.make_trident_encoder`."""
+        from .trident_encoder import make_trident_encoder
+
+        return make_trident_encoder(self, **kwargs)
+
     @torch.no_grad()
     def get_state_features(self, state: SlideState) -> ModelOutput:
         """A slide's running state -> slide embedding, with a batch of one.

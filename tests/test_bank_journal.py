@@ -48,9 +48,7 @@ class Run:
             for name, source in links.items():
                 (torn / name).hardlink_to(source)
             return
-        self.folder.save(
-            step, model_state={}, optimizer_state={}, bank_shards=new, bank_links=links, trainer_state={"step": step}
-        )
+        self.folder.save(step, tensors={}, bank_shards=new, bank_links=links, trainer_state={"step": step})
         self.journal.committed(self.folder.folder / checkpoint_name(step))
 
 

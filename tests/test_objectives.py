@@ -107,9 +107,9 @@ def stop_after(step, trainer):
     """As a signal would: a checkpoint is saved, and the run ends."""
     after_step = trainer._after_step
 
-    def stopping(completed, row):
-        trainer.received_signal = 15 if completed == step else None
-        return after_step(completed, row)
+    def stopping(plan, row, bar):
+        trainer.signals.received = 15 if plan.step + 1 == step else None
+        return after_step(plan, row, bar)
 
     return stopping
 

@@ -164,8 +164,9 @@ def test_a_dry_run_prints_a_plan_and_leaves_nothing(data, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plan["slides"] == 12
     assert plan["epochs"] == 30 * 4 / 12
-    # Features of 16 half floats, a step and a codeword for each tile; sums and counts for each slide.
-    tables = plan["tiles"] * (16 * 2 + 4 + 2) + 12 * 4 * (16 * 8 + 8) + 13 * 8
+    # Features of 16 half floats, a step and a codeword for each tile; sums and counts for each slide; the tiles of 4
+    # codewords and of a step, and three numbers that tell of drift.
+    tables = plan["tiles"] * (16 * 2 + 4 + 2) + 12 * 4 * (16 * 8 + 8) + 13 * 8 + (4 + 1 + 3) * 8
     assert plan["bank_bytes"] == tables
     assert plan["hours"] > 0
     assert plan["tiles_per_second"] > 0

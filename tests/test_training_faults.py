@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dre_slcl.training.checkpoint import validate_checkpoint
 from dre_slcl.training.config import TrainConfig
+from dre_slcl.training.optimizer_step import OptimizerStep
 from dre_slcl.training.stop_signals import StoppedBeforeTraining
 from dre_slcl.training.train import train
 from dre_slcl.training.trainer import Trainer
@@ -111,7 +112,7 @@ def test_a_report_encoding_that_is_not_finite_names_the_slide_before_training(da
     embedding[1] = float("nan")
     save_file({"embedding": embedding}, cached[0])
     with pytest.raises(
-        ValueError, match=r"encoding of the report of slide slide-\d+ is not finite \(2 of 12 are not\)"
+        ValueError, match=r"encoding of the report of slide slide-\d+ is not finite \(1 of 6 are not\)"
     ):
         train(TrainConfig(**run | {"num_steps": 1}))
 
@@ -119,7 +120,7 @@ def test_a_report_encoding_that_is_not_finite_names_the_slide_before_training(da
 def test_a_weight_that_is_not_finite_is_never_saved(data, tmp_path):
     run = settings(data, tmp_path, checkpoint_steps=2, num_steps=2)
     trainer = Trainer(TrainConfig(**run))
-    step = trainer._step
+    step = trainer.training_step.take
 
     def break_weight(batch):
         row = step(batch)
@@ -127,7 +128,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(data, tmp_path):
             trainer.unwrapped.slide_projection.weight.data[0, 0] = float("nan")
         return row
 
-    trainer._step = break_weight
+    trainer.training_step.take = break_weight
     with pytest.raises(FloatingPointError, match=r"`slide_projection.weight` \(model\)"):
         trainer.run()
     check_what_is_on_disk(run, 0)
@@ -139,7 +140,7 @@ def test_the_command_says_it_in_one_line_and_ends_with_1(data, tmp_path, caplog,
     run = settings(data, tmp_path)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    monkeypatch.setattr(Trainer, "_descend", lambda self: self.finite.check_gradient(float("nan"), self.plan))
+    monkeypatch.setattr(OptimizerStep, "descend", lambda self, plan: self.finite.check_gradient(float("nan"), plan))
     with caplog.at_level(logging.ERROR):
         assert command.main(["--config", str(path)]) == 1
     assert "gradient of step 0 is not finite" in caplog.records[-1].message

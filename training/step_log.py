@@ -43,12 +43,15 @@ class StepLog:
         steps, total = self._steps, sum(seconds.values())
         means = {"seconds": total / steps} | {f"{name}_seconds": value / steps for name, value in seconds.items()}
         means["tiles_per_second"] = self._tiles / total
+        is_training = self._tiles > 0
         self._steps, self._tiles = 0, 0
         values = torch.tensor(list(means.values()), dtype=torch.float64, device=self.accelerator.device)
         means = dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         means["tiles_per_second"] *= self.accelerator.num_processes
         health = self.model.memory_bank.health(completed, self._sum_over_processes)
-        means |= {f"bank_{name}": value for name, value in health.items()}
+        # Drift is that of the latest step's tiles: of steps on the head alone there is none to tell.
+        told = [name for name in health if is_training or not name.startswith("drift")]
+        means |= {f"bank_{name}": health[name] for name in told}
         if self.accelerator.is_main_process:
             scale = self.model.logit_scale.exp().item()
             self.metrics.append({"step": completed, **row, "logit_scale": scale} | means)

@@ -262,10 +262,16 @@ def metrics_of(settings):
     return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
 
 
+# Of the bank's buffers, what only tells of it: how far the latest step moved it, and a table that has room to spare.
+# Metrics are compared on their own.
+TELLING = ("drift_sums", "step_counts")
+
+
 def _tell_state(trainer, path):
     """Writes a hash of each tensor of the weights, the optimizer and the memory bank."""
     model, names = trainer.unwrapped, {parameter: name for name, parameter in trainer.unwrapped.named_parameters()}
-    tensors = dict(model.state_dict()) | {f"bank.{name}": value for name, value in model.memory_bank.named_buffers()}
+    bank = {name: value for name, value in model.memory_bank.named_buffers() if name not in TELLING}
+    tensors = dict(model.state_dict()) | {f"bank.{name}": value for name, value in bank.items()}
     for parameter, state in trainer.optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": torch.as_tensor(value) for key, value in state.items()}
     hashes = {}

@@ -149,7 +149,7 @@ class FirstLayer:
 
 
 def _mix(weights: torch.Tensor, placed: torch.Tensor, own: torch.Tensor, out: torch.Tensor) -> None:
-    """Fills out `(n, U, F)`: weights `(n, U, S)` times placed `(U, S, F)`; the first A of them times own `(n, A, F)`."""
+    """Out `(n, U, F)` = weights `(n, U, S)` times placed `(U, S, F)` + the first A weights times own `(n, A, F)`."""
     # (U, n, S) @ (U, S, F) -> (U, n, F)
     torch.bmm(weights.transpose(0, 1), placed, out=out.transpose(0, 1))
     out.baddbmm_(weights[:, :, : own.shape[1]], own)

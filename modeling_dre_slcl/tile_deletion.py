@@ -3,9 +3,9 @@
 
 Taking a tile out changes one codeword's sum. Every other codeword's token stays as it is, because each is normalised
 on its own and their common norm depends only on how many are not empty. So most of the first layer is computed once
-for all tiles (`_FirstLayer`), and empty codewords take no part. Tiles that empty a codeword take the long way.
+for all tiles (`changed_token`), and empty codewords take no part. Tiles that empty a codeword take the long way.
 
-Letters: N tiles, n tiles left out at once, K codewords, U of them used, D feature width, A attention heads.
+Letters: N tiles, n tiles left out at once, K codewords, U of them used, D feature width.
 """
 
 import copy

@@ -17,8 +17,8 @@ against encoding the slide again without the tile in float64, relative to the la
 
 On a busy machine threads wait for each other, so `one_thread` has processor seconds of one thread for as many tiles:
 of deletion, of encoding again, and `at_peak`, of the matrix products alone that deletion cannot share between tiles,
-at the speed of one large product (`peak_gflops`). Each is the best of several runs, which take turns. Deletion cannot be
-faster than `at_peak`, and on two quiet cores it takes little more than half of its processor seconds.
+at the speed of one large product (`peak_gflops`). Each is the best of several runs, which take turns. Deletion cannot
+be faster than `at_peak`; two quiet cores should need little more than half of its processor seconds.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from .slide_info import NATIVE_TOLERANCE
+from .slide_info import is_native_level
 
 OWN_ENCODER = "dre_slcl"  # what `dre-slcl embed` calls the model's own tile encoder in files of other tools
 
@@ -43,7 +43,7 @@ def check_features_fit(
     problems = []
     if encoder is not None and _plain(encoder) not in known:
         problems.append(f"encoder {encoder!r} instead of {' or '.join(map(repr, names))}")
-    if tile_mpp is not None and abs(tile_mpp / config.tile_mpp - 1) > NATIVE_TOLERANCE:
+    if tile_mpp is not None and not is_native_level(tile_mpp, config.tile_mpp):
         problems.append(f"tile_mpp {tile_mpp:g} instead of {config.tile_mpp:g} um/px")
     if tile_size_px is not None and tile_size_px != config.tile_size_px:
         problems.append(f"tile_size_px {tile_size_px} instead of {config.tile_size_px}")

@@ -14,12 +14,18 @@ Ends in one line of JSON. Targets: `seconds_deletion` under 10 on two quiet core
 against encoding the slide again without the tile in float64, relative to the largest effect) under 0.01;
 `deletion_area` (the mean height of the curve) of `deletion` below those of `attention` and `random`, its
 `insertion_area` above theirs.
+
+On a busy machine threads wait for each other, so `one_thread` has processor seconds of one thread for as many tiles:
+of deletion, of encoding again, and `at_peak`, of the matrix products alone that deletion cannot share between tiles,
+at the speed of one large product (`peak_gflops`). Each is the best of several runs, which take turns. Deletion cannot
+be faster than `at_peak`; two quiet cores should need little more than half of its processor seconds.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +37,13 @@ from sklearn.linear_model import Ridge
 from dre_slcl.training.deletion_curves import attention_scores, curve_area, deletion_curve, draw_curves
 from modeling_dre_slcl import DreSlclConfig, DreSlclModel
 from modeling_dre_slcl.attribution import linear_score
+from modeling_dre_slcl.tile_deletion import embeddings_without_tiles, wide_encoder
 
 _KINDS = 24  # of tissue; the last is what the second class has
 _PLANTED = 1 / 12
 _NUM_PROBE_SLIDES, _PROBE_TILES = 60, 600
 _CHECKED_TILES = 24
+_RUNS, _TIMED_TILES, _ENCODED_TILES = 4, 1024, 256
 
 
 def main() -> int:
@@ -51,13 +59,9 @@ def main() -> int:
     generator = torch.Generator().manual_seed(1)
     score = fit_probe(model, kinds, generator)
     features = make_slide(kinds, arguments.tiles, True, generator)
-    seconds = {}
-    for method in ("deletion", "gradient"):
-        started = time.monotonic()
-        effects = model.attribute_tiles(features, score, method=method)
-        seconds[method] = time.monotonic() - started
-        if method == "deletion":
-            exact = effects
+    exact, seconds = timed(lambda: model.attribute_tiles(features, score), time.monotonic)
+    fast, seconds_gradient = timed(lambda: model.attribute_tiles(features, score, method="gradient"), time.monotonic)
+    one_thread = measure_one_thread(model, features, arguments.threads)
     areas = measure_curves(model, kinds, score, generator, arguments)
     print(
         json.dumps(
@@ -65,10 +69,10 @@ def main() -> int:
                 "benchmark": "heatmap",
                 "num_tiles": arguments.tiles,
                 "threads": arguments.threads,
-                "seconds_deletion": round(seconds["deletion"], 2),
-                "seconds_gradient": round(seconds["gradient"], 3),
-                "seconds_encoding_again": round(time_encoding_again(model, features), 1),
-                "gradient_correlation": round(float(np.corrcoef(exact, effects)[0, 1]), 5),
+                "seconds_deletion": round(seconds, 2),
+                "seconds_gradient": round(seconds_gradient, 3),
+                "one_thread": one_thread,
+                "gradient_correlation": round(float(np.corrcoef(exact, fast)[0, 1]), 5),
                 "largest_error": largest_error(model, features, exact, score),
                 **areas,
             }
@@ -116,17 +120,51 @@ def fit_probe(model: DreSlclModel, kinds: torch.Tensor, generator: torch.Generat
     return linear_score(torch.from_numpy(probe.coef_).float(), float(probe.intercept_))
 
 
-def time_encoding_again(model: DreSlclModel, features: torch.Tensor) -> float:
-    """Seconds to encode the slide's residuals anew for each tile, from a sample of tiles: what deletion saves."""
-    state = model.state_of_tiles(features)
-    residuals = state.residuals(model.codebook).repeat(64, 1, 1)
-    counts = state.counts.repeat(64, 1)
-    num_batches = 4
-    started = time.monotonic()
-    with torch.no_grad():
-        for _ in range(num_batches):
-            model.residual_encoder(residuals, counts)
-    return (time.monotonic() - started) / (64 * num_batches) * len(features)
+def timed(function: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> tuple[Any, float]:
+    """What a function returns, and the seconds that it took by a clock."""
+    started = clock()
+    result = function()
+    return result, clock() - started
+
+
+@torch.no_grad()
+def measure_one_thread(model: DreSlclModel, features: torch.Tensor, threads: int) -> dict[str, float]:
+    """Processor seconds of one thread for all tiles, from samples; `threads` are set again in the end."""
+    torch.set_num_threads(1)
+    config, encoder = model.config, wide_encoder(model.residual_encoder)
+    state = model.empty_state()
+    assignment = state.add(features, model.codebook)
+    # Tiles of few codewords, as many of each as there are.
+    sample = assignment.argsort()[:_TIMED_TILES]
+    residuals = state.residuals(model.codebook).repeat(_ENCODED_TILES, 1, 1)
+    counts = state.counts.repeat(_ENCODED_TILES, 1)
+    inputs, weight = torch.randn(4096, config.hidden_size), torch.randn(config.hidden_size, config.intermediate_size)
+
+    def leave_out() -> None:
+        for _ in embeddings_without_tiles(encoder, state, features[sample], assignment[sample], chunk_size=256):
+            pass
+
+    work = {"deletion": leave_out, "again": lambda: encoder(residuals, counts), "peak": lambda: inputs @ weight}
+    runs = [{name: timed(function)[1] for name, function in work.items()} for _ in range(_RUNS)]
+    best = {name: min(run[name] for run in runs) for name in work}
+    torch.set_num_threads(threads)
+    peak = 2 * inputs.numel() * config.intermediate_size / best["peak"]
+    return {
+        "cpu_seconds_deletion": round(best["deletion"] / len(sample) * len(features), 2),
+        "cpu_seconds_encoding_again": round(best["again"] / _ENCODED_TILES * len(features), 2),
+        "cpu_seconds_at_peak": round(
+            operations_per_tile(model, int((state.counts > 0).sum())) * len(features) / peak, 2
+        ),
+        "peak_gflops": round(peak / 1e9, 1),
+    }
+
+
+def operations_per_tile(model: DreSlclModel, num_used: int) -> int:
+    """Operations of the matrix products that leaving out a tile needs, if as many codewords have tiles."""
+    width, inner = model.config.hidden_size, model.config.intermediate_size
+    # Of the first layer only the second matrix of the feed-forward part; of others that of attention too.
+    first, others = width * inner, 4 * width**2 + 2 * width * inner
+    return 2 * num_used * (first + (len(model.residual_encoder.layers) - 1) * others)
 
 
 @torch.no_grad()

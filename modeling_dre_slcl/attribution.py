@@ -100,7 +100,7 @@ def attribute_tiles(
     target: torch.Tensor | Score,
     *,
     method: Literal["deletion", "gradient"] = "deletion",
-    chunk_size: int = 64,
+    chunk_size: int = 256,
 ) -> torch.Tensor:
     """What each tile of a slide does to a score.
 
@@ -111,7 +111,7 @@ def attribute_tiles(
             difference of two), or a function of slide embeddings `(B, D)` -> `(B,)` as this file makes them.
         method (`str`, defaults to `"deletion"`): `"deletion"` leaves each tile out; `"gradient"` takes the first-order
             term of that, a hundred times faster and close where no tile weighs much.
-        chunk_size (`int`, defaults to 64): tiles left out at once; bounds memory.
+        chunk_size (`int`, defaults to 256): tiles left out at once; bounds memory, 50 MB at the default sizes.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float32, on CPU: the slide's score minus its score without the tile. Positive

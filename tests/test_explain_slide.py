@@ -16,8 +16,9 @@ from dre_slcl.training.stored_features import read_stored_tiles
 from dre_slcl.training.trident_export import coordinate_attributes, write_trident_features
 from dre_slcl_cli import main
 from modeling_dre_slcl.attribution import linear_score, text_similarity
+from modeling_dre_slcl.slide_classifier import DreSlclForSlideClassification
 
-from .tiny_models import IMAGE_SIZE, tiny_image_processor, tiny_model, tiny_tokenizer
+from .tiny_models import IMAGE_SIZE, tiny_config, tiny_image_processor, tiny_model, tiny_tokenizer
 from .tiny_slide import write_tiny_slide
 
 
@@ -92,6 +93,32 @@ def test_codewords_and_regions_need_no_text(folder, tmp_path):
     assert [(row["name"], row["num_tiles"]) for row in rows] == [("left", left.sum()), ("region 2", 0)]
     assert len(rows[0]["slide_embedding"]) == 32
     assert rows[1]["slide_embedding"] is None
+
+
+def test_the_logit_of_a_class_is_explained_by_leaving_each_tile_out(folder, tmp_path):
+    torch.manual_seed(0)
+    config = tiny_config(id2label={0: "LUAD", 1: "LUSC"}, label2id={"LUAD": 0, "LUSC": 1})
+    classifier = DreSlclForSlideClassification(config).eval()
+    classifier.load_state_dict(tiny_model().state_dict(), strict=False)
+    with torch.no_grad():
+        classifier.classifier.weight.mul_(50)
+    classifier.save_pretrained(tmp_path / "classifier")
+    stored = folder / "embedded" / "embeddings" / "one.safetensors"
+    options = ("--class", "LUSC", "--features", stored)
+    assert explain(folder, tmp_path / "out", *options, model=tmp_path / "classifier") == 0
+    features = torch.from_numpy(load_file(stored)["tile_features"]).double()
+    classifier.double()
+
+    def logit(kept):
+        return float(classifier.classify(classifier.get_slide_features(kept[None])).logits[0, 1])
+
+    with torch.no_grad():
+        whole = logit(features)
+        expected = [whole - logit(torch.cat([features[:t], features[t + 1 :]])) for t in range(len(features))]
+    found = pq.read_table(tmp_path / "out" / "one.parquet")["score"].to_numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert np.abs(expected).max() > 1e-3
+    assert json.loads((tmp_path / "out" / "one.json").read_text())["target"] == "class LUSC"
 
 
 def test_one_error_says_what_is_missing(folder, tmp_path, caplog):

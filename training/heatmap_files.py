@@ -140,7 +140,11 @@ def draw_tile_map(
     else:
         limit = score_limit(tiles.scores)
         bar = ScalarMappable(Normalize(-limit, limit), _SCORE_COLOURS)
-        figure.colorbar(bar, ax=axes, label="what the score loses without the tile", extend="both", fraction=0.05)
+        label = "against  \N{LEFTWARDS ARROW}  what the score loses without the tile  \N{RIGHTWARDS ARROW}  for"
+        scale = figure.colorbar(bar, ax=axes, label=label, extend="both", extendfrac=0.03, fraction=0.05, shrink=0.8)
+        # Effects of single tiles are small: 5 and a power of ten beside the scale, not 0.00050.
+        scale.formatter.set_powerlimits((-2, 3))
+        scale.outline.set_visible(False)
     axes.set_title(tiles.title or tiles.slide_id, loc="left", fontsize=9)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")

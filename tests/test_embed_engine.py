@@ -114,7 +114,7 @@ def test_a_reader_that_dies_or_hangs_costs_its_slide_only(model, jobs, reference
     monkeypatch.setattr(embed_stream, "ReaderStart", DeadlyReader)
     path = jobs[0].path
     deadly = [SlideJob("crash", path), jobs[0], SlideJob("burst", path), SlideJob("hang", path), *jobs[2:4]]
-    found = embed(model, deadly, num_workers=2, slide_timeout=12.0)
+    found = embed(model, deadly, num_workers=2, slide_timeout=5.0)
     assert refusals(found) == {"crash": "reader_aborted", "burst": "reader_aborted", "hang": "timeout"}
     assert "SIGSEGV" in str(found["crash"])
     for name in ("s0", "s1", "s2"):

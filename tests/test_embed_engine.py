@@ -10,6 +10,7 @@ import torch
 
 from dre_slcl.training import embed_stream
 from dre_slcl.training.embed_engine import EmbedOptions, SlideJob, iter_embeddings
+from modeling_dre_slcl import DreSlclImageProcessor
 from modeling_dre_slcl.slide_info import SlideError
 from modeling_dre_slcl.slide_sampling import SamplingConfig
 
@@ -199,3 +200,19 @@ def test_pixels_in_the_stream_are_those_of_the_slide(jobs):
             if num_seen == len(order):
                 stream.finish(0)
     assert num_seen == len(order) > 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_resize": False, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.1]},
+        {"size": {"height": 20, "width": 20}},
+        {"do_normalize": False},
+    ],
+)
+def test_batches_are_prepared_as_the_processor_prepares_images(options):
+    processor = DreSlclImageProcessor(**{"size": {"height": 32, "width": 32}, **options})
+    tiles = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    expected = torch.cat([processor(tile, return_tensors="pt")["pixel_values"] for tile in tiles])
+    assert torch.equal(processor.tiles_to_pixel_values(tiles, "cpu"), expected)

@@ -10,6 +10,7 @@ import torch
 
 from dre_slcl.training import embed_stream
 from dre_slcl.training.embed_engine import EmbedOptions, SlideJob, iter_embeddings
+from modeling_dre_slcl import DreSlclImageProcessor
 from modeling_dre_slcl.slide_info import SlideError
 from modeling_dre_slcl.slide_sampling import SamplingConfig
 
@@ -114,7 +115,7 @@ def test_a_reader_that_dies_or_hangs_costs_its_slide_only(model, jobs, reference
     monkeypatch.setattr(embed_stream, "ReaderStart", DeadlyReader)
     path = jobs[0].path
     deadly = [SlideJob("crash", path), jobs[0], SlideJob("burst", path), SlideJob("hang", path), *jobs[2:4]]
-    found = embed(model, deadly, num_workers=2, slide_timeout=12.0)
+    found = embed(model, deadly, num_workers=2, slide_timeout=5.0)
     assert refusals(found) == {"crash": "reader_aborted", "burst": "reader_aborted", "hang": "timeout"}
     assert "SIGSEGV" in str(found["crash"])
     for name in ("s0", "s1", "s2"):
@@ -199,3 +200,19 @@ def test_pixels_in_the_stream_are_those_of_the_slide(jobs):
             if num_seen == len(order):
                 stream.finish(0)
     assert num_seen == len(order) > 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_resize": False, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.1]},
+        {"size": {"height": 20, "width": 20}},
+        {"do_normalize": False},
+    ],
+)
+def test_batches_are_prepared_as_the_processor_prepares_images(options):
+    processor = DreSlclImageProcessor(**{"size": {"height": 32, "width": 32}, **options})
+    tiles = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    expected = torch.cat([processor(tile, return_tensors="pt")["pixel_values"] for tile in tiles])
+    assert torch.equal(processor.tiles_to_pixel_values(tiles, "cpu"), expected)

@@ -15,6 +15,9 @@ from .hub_server import HubServer, run_client
 from .tiny_models import tiny_image_processor, tiny_model, tiny_tokenizer
 from .tiny_slide import write_tiny_slide
 
+# Two processes that load everything; `test_auto_classes` holds the same for a folder in seconds.
+pytestmark = pytest.mark.slow
+
 HIDDEN = ["modeling_dre_slcl", "dre_slcl", "dre_slcl_cli", "training", "hub"]
 VECTORS = ("slide_embedding", "slide_projection", "residuals")
 QUERY = "a tumor of grade"
@@ -160,7 +163,6 @@ def test_our_own_commands_take_names_on_the_hub(published, used, expected):
     assert not any("bank" in name and not name.endswith(".py") for name in files)
 
 
-@pytest.mark.slow
 def test_everything_again_without_a_network(published, used, expected):
     server, root, _ = published
     server.requests.clear()

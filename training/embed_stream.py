@@ -252,6 +252,9 @@ class TileStream:
         job = replace(self._jobs[index], mpp=slide.opened.mpp)
         task = ReadTask(job, slide.opened.fingerprint, tiles, batch.number * self._batch_size + first)
         self._runs.append(_Run(index, batch, task))
+        if batch.parts and batch.parts[-1][0] == index and batch.parts[-1][2].stop == wanted.start:
+            _, earlier_places, earlier = batch.parts.pop()  # one part of a slide, not one for each run
+            places, wanted = slice(earlier_places.start, places.stop), slice(earlier.start, wanted.stop)
         batch.parts.append((index, places, wanted))
         batch.num_tiles += count
         batch._outstanding += 1

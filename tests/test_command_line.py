@@ -26,6 +26,7 @@ OPTIONS = {
     "bank": ["--json", "--draw", "--export"],
     "embed": ["--model", "--slides", "--out", "--mpp", "--tile-features", "--device"],
     "evaluate": ["--model", "--dataset", "--label-column", "--out"],
+    "explain": ["--model", "--slide", "--out", "--text", "--class", "--codewords", "--features"],
     "search": ["--index", "--model", "--like", "--slide", "--find", "--top-k", "--out"],
     "view": ["--model", "--embeddings", "--port", "--make-space"],
     "export": ["--dataset", "--format", "--out"],

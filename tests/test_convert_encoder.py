@@ -83,6 +83,7 @@ def test_a_dino_checkpoint_gives_the_features_that_dino_gives(checkpoint, tmp_pa
         torch.testing.assert_close(found, dino_forward(dino_tensors(14, seed), pixels), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_interpolation_the_features_are_those_of_timm(checkpoint, tmp_path):
     convert_encoder(checkpoint, tmp_path / "encoder", image_size_px=224)
     sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "num_classes": 0}
@@ -156,6 +157,7 @@ def test_what_is_no_encoder_is_refused(tmp_path, content, message):
         convert_encoder(tmp_path / "file.pth", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     tensors = dino_tensors(14)
     del tensors["blocks.1.norm2.bias"]

@@ -160,8 +160,8 @@ def test_adapters_train_resume_and_are_published(data, tmp_path, export):
     trainer._train(3)
     with torch.no_grad():
         adapted = trainer.unwrapped.eval().get_tile_features(pixels)
-    trainer._save_model()
     folder = tmp_path / "run" / "model"
+    trainer._save_model(folder)
     names = {path.name for path in folder.iterdir()}
     original = ViTModel.from_pretrained(data / "vit")
     if export == "merged":

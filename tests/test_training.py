@@ -150,6 +150,7 @@ def write_config(tmp_path, run):
     return path
 
 
+@pytest.mark.slow
 def test_two_and_four_processes_have_the_losses_of_one(data, tmp_path):
     model_config = {"num_codewords": 4, "num_attention_heads": 2}
     for name, num_processes in (("one", 1), ("two", 2), ("four", 4)):

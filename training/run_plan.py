@@ -88,7 +88,7 @@ def plan_run(config: TrainConfig, trainer: "Trainer") -> dict[str, Any]:
         "seconds_per_step": round(step_seconds, 4),
         "tiles_per_second": round(tiles_per_step / step_seconds, 1),
         "first_pass_tiles_per_second": round(encoded_per_second, 1),
-        "hours": round(total / 3600, 3),
+        "hours": round(total / 3600, 5),
     }
 
 

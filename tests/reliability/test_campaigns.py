@@ -25,18 +25,17 @@ QUICK = {
 }
 # Those of training share a process, for it imports for as long as they run.
 QUICK_TRAINING = {
-    "train_kills": 10,
+    "train_kills": 8,
     "crash_points": 1,
-    "power_loss": 60,
-    "train_disk_full": 2,
-    "damaged_checkpoints": 40,
+    "power_loss": 40,
+    "damaged_checkpoints": 20,
     "train_signals": 4,
     "pickles": 4,
     "not_finite": 4,
     "odd_reports": 1,
     "train_memory": 10_000,
 }
-TRAINING = {*QUICK_TRAINING, "train_sabotages", "determinism"}
+TRAINING = {*QUICK_TRAINING, "train_disk_full", "train_sabotages", "determinism"}
 NEED_ROOT = {"disk_full", "train_disk_full"}
 
 

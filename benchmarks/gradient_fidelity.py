@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How near each `bank_mode`'s gradient of the tile encoder is to the gradient through all tiles of the slides.
 
-    python benchmarks/gradient_fidelity.py            # two seeds, about four minutes on two cores
+    python benchmarks/gradient_fidelity.py            # two seeds, some four minutes on two quiet cores
     python benchmarks/gradient_fidelity.py --full     # more seeds, batches and draws, and `corrected` with a refresh
 
 Slides are bags of about 215 painted tiles of 32 px; a slide's mixture of eight kinds of tissue goes with its report. A

@@ -9,7 +9,8 @@ then cost O(sampled tiles): take the stored part of the sampled tiles out, put t
 is exactly what was added (the stored, rounded feature at its stored codeword), and every float64 sum is exact
 (`bank_codec` says why), so running sums never drift, in whatever order tiles are written and on whatever device.
 
-Nothing that a step or a line of the log does takes time or memory that grows with the tiles of a slide or of the bank.
+Nothing that a step or a line of the log does takes time or memory that grows with the tiles of a slide or of the bank,
+but for `moved_residuals_of_others`, whose time grows with the tiles of the step's slides.
 
 Letters: S slides, B slides in a step, M tiles of each, K codewords, D feature width, T steps.
 """
@@ -21,7 +22,8 @@ import torch
 from .bank_codec import FEATURE_LIMIT, decode_features, encode_features
 from .bank_health import describe_health, measure_drift
 from .bank_tables import NEVER, BankTables
-from .residual_encoder import assign_codewords
+from .feature_drift import FeatureDrift
+from .residual_encoder import assign_codewords, residual_sums
 
 _ROWS_PER_CHUNK = 1 << 14  # of passes over whole slides
 _WRITES_PER_RELEASE = 64  # of mapped pages, so that a process holds those of so many steps at most
@@ -110,6 +112,57 @@ class MemoryBank(BankTables):
         counts.view(-1).index_add_(0, flat, torch.full_like(flat, -1))
         residuals = sums - counts[..., None] * codebook.to(sums.device, torch.float64)
         return residuals.float(), counts
+
+    def ages(self, slides: torch.Tensor, tiles: torch.Tensor, step: int) -> torch.Tensor:
+        """How long ago tiles were stored, in steps.
+
+        Args:
+            slides (`torch.Tensor` of shape `(B,)`, int64): slides, by their place in `allocate`.
+            tiles (`torch.Tensor` of shape `(B, M)`, int64): tiles of each slide.
+            step (`int`): the step in progress, of number `step + 1` in `write`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, M)`, int64: without meaning where nothing is stored.
+        """
+        return step + 1 - self.written_step[self._rows(slides, tiles)[0]].long()
+
+    @torch.no_grad()
+    def moved_residuals_of_others(
+        self, slides: torch.Tensor, tiles: torch.Tensor, codebook: torch.Tensor, step: int, drift: FeatureDrift
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual sums over all stored tiles of the slides but the given ones, where they are by now.
+
+        A moved tile may be at another codeword, which running sums cannot tell. So this reads all features of the
+        slides, in chunks.
+
+        Args:
+            slides (`torch.Tensor` of shape `(B,)`, int64): slides, by their place in `allocate`.
+            tiles (`torch.Tensor` of shape `(B, M)`, int64): tiles to leave out; -1 marks padding.
+            codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
+            step (`int`): the step in progress.
+            drift (`FeatureDrift`): how features have moved since they were stored.
+
+        Returns:
+            `tuple`: residuals of shape `(B, K, D)` and counts of shape `(B, K)`, both float64.
+        """
+        rows, valid = self._rows(slides, tiles)
+        residuals = torch.zeros(len(slides), *codebook.shape, dtype=torch.float64, device=codebook.device)
+        counts = torch.zeros(residuals.shape[:2], dtype=torch.float64, device=codebook.device)
+        starts = self.slide_start.tolist()
+        for place, slide in enumerate(slides.tolist()):
+            for start in range(starts[slide], starts[slide + 1], _ROWS_PER_CHUNK):
+                end = min(start + _ROWS_PER_CHUNK, starts[slide + 1])
+                others = torch.arange(start, end, device=rows.device)
+                left_out = torch.isin(others, rows[place][valid[place]]) | (self.written_step[others] == NEVER)
+                others = others[~left_out]
+                moved = drift.move(self.stored_features(others), step + 1 - self.written_step[others])
+                # In float64, as the running sums: residuals are small against the features and codewords they are of.
+                found, number = residual_sums(moved.to(codebook.device).double()[None], codebook.double())
+                residuals[place] += found[0]
+                counts[place] += number[0]
+            if self._mapped is not None:
+                self._mapped.release()
+        return residuals, counts
 
     @torch.no_grad()
     def rebuild_sums(self, codebook: torch.Tensor | None = None, slides: Sequence[int] | None = None) -> None:

@@ -22,7 +22,7 @@ from .memory_bank import MemoryBank
 from .model_outputs import DreSlclOutput
 from .report_encoder import pool_report_states
 from .residual_encoder import ResidualEncoder, residual_sums
-from .residual_estimate import estimate_residuals
+from .residual_estimate import MovedSums, estimate_residuals
 from .slide_interfaces import SlideInterfaces
 from .tile_encoder import build_tile_encoder, encode_in_parts, encode_tiles, tile_encoder_width
 
@@ -289,11 +289,11 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         tile_weights: torch.Tensor | None = None,
         stored_residuals: torch.Tensor | None = None,
         stored_counts: torch.Tensor | None = None,
-        stale_counts: torch.Tensor | None = None,
         dropped_codewords: torch.Tensor | None = None,
         stored_tile_features: torch.Tensor | None = None,
+        stored_tile_ages: torch.Tensor | None = None,
         stored_tile_mask: torch.Tensor | None = None,
-        control_strength: float = 0.0,
+        moved_sums: MovedSums | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         report_embeds: torch.Tensor | None = None,
@@ -309,8 +309,8 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, M, C, H, W)`, float): normalised pixels of each slide's tiles.
             tile_mask (`torch.Tensor` of shape `(B, M)`, bool, *optional*): False for padding.
-            tile_weights, stored_residuals, stored_counts, stale_counts, dropped_codewords, stored_tile_features,
-                stored_tile_mask, control_strength: what stands for the slides' other tiles, as in
+            tile_weights, stored_residuals, stored_counts, dropped_codewords, stored_tile_features, stored_tile_ages,
+                stored_tile_mask, moved_sums: what stands for the slides' other tiles, as in
                 `residual_estimate.estimate_residuals`.
             input_ids (`torch.Tensor` of shape `(B, T)`, *optional*): the reports' token ids.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real tokens.
@@ -333,11 +333,11 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
             tile_weights=tile_weights,
             stored_residuals=stored_residuals,
             stored_counts=stored_counts,
-            stale_counts=stale_counts,
             dropped_codewords=dropped_codewords,
             stored_tile_features=stored_tile_features,
+            stored_tile_ages=stored_tile_ages,
             stored_tile_mask=stored_tile_mask,
-            control_strength=control_strength,
+            moved_sums=moved_sums,
         )
         outputs = self.encode_residuals(residuals, counts, self._wants(output_attentions))
         outputs.tile_features = tile_features

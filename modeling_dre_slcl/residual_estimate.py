@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the few tiles of a slide that are encoded now, and what is stored of the others, to the residuals of all.
 
-In formulas, with S the tiles encoded now, phi_j their residuals, psi_j the stored ones, and w_j how many tiles of the
-slide each of them stands for:
+In formulas, with S the tiles encoded now, x_j features, y_j stored ones, and w_j how many tiles of the slide each of S
+stands for:
 
-    V_k = sum over S of phi_j + sum over others of (psi_j + D_k) + c * sum over S of (w_j - 1) (phi_j - psi_j - D_k)
+    V_k = sum over S at k of (x_j - c_k) + sum over others at k of (y_j + d_j - c_k)
 
-D_k is the drift, the mean movement of the tiles at codeword k since they were stored (`codeword_drift`), and c, from 0
-to 1, how far the slide's own movement beyond it counts (a control variate; at c = 1 the estimate is unbiased as long
-as no tile goes over to another codeword). The gradient of each phi_j is multiplied by w_j, so that in expectation it
-is that of all tiles; the value is not.
+d_j is the movement since the tile was stored that the tiles of S show (`feature_drift`), or zero, and a tile is at
+the codeword nearest to where it is by now. The gradient of each x_j is multiplied by w_j, so that in expectation it is
+that of all tiles; the value is not.
 
 Letters: B slides, M tiles of each, K codewords, D feature width.
 """
 
-import torch
-import torch.distributed as dist
+from collections.abc import Callable
 
-from .residual_encoder import assign_codewords, residual_sums
+import torch
+
+from .feature_drift import FeatureDrift, fit_drift
+from .residual_encoder import residual_sums
+
+MovedSums = Callable[[FeatureDrift], tuple[torch.Tensor, torch.Tensor]]
 
 
 def estimate_residuals(
@@ -28,11 +31,11 @@ def estimate_residuals(
     tile_weights: torch.Tensor | None = None,
     stored_residuals: torch.Tensor | None = None,
     stored_counts: torch.Tensor | None = None,
-    stale_counts: torch.Tensor | None = None,
     dropped_codewords: torch.Tensor | None = None,
     stored_tile_features: torch.Tensor | None = None,
+    stored_tile_ages: torch.Tensor | None = None,
     stored_tile_mask: torch.Tensor | None = None,
-    control_strength: float = 0.0,
+    moved_sums: MovedSums | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimates residual sums of whole slides; differentiable in `tile_features` and in `stored_residuals`.
 
@@ -44,14 +47,15 @@ def estimate_residuals(
             for in the gradient; default 1.
         stored_residuals (`torch.Tensor` of shape `(B, K, D)`, *optional*): residual sums over other tiles.
         stored_counts (`torch.Tensor` of shape `(B, K)`, *optional*): the number of those tiles.
-        stale_counts (`torch.Tensor` of shape `(B, K)`, *optional*): how many of them may have moved since they were
-            stored; default all.
         dropped_codewords (`torch.Tensor` of shape `(B, K)`, bool, *optional*): codewords at which the tiles encoded
             now stand for the whole slide, wherever there are any (stale-feature dropout).
         stored_tile_features (`torch.Tensor` of shape `(B, M, D)`, *optional*): what is stored of the tiles encoded
-            now; with it stored residuals are corrected for drift. Collective then.
+            now. Only with `moved_sums`, as the two that follow.
+        stored_tile_ages (`torch.Tensor` of shape `(B, M)`, *optional*): steps since it was stored.
         stored_tile_mask (`torch.Tensor` of shape `(B, M)`, bool, *optional*): False where nothing is stored.
-        control_strength (`float`, defaults to 0.0): c.
+        moved_sums (callable, *optional*): takes the drift that the tiles encoded now show, and returns in place of
+            `stored_residuals` and `stored_counts` those of the other tiles where they are by now
+            (`MemoryBank.moved_residuals_of_others`). Collective then.
 
     Returns:
         `tuple`: residuals of shape `(B, K, D)` and counts of shape `(B, K)`, at least float32.
@@ -60,66 +64,13 @@ def estimate_residuals(
     if tile_weights is not None:
         tile_features = values + tile_weights[..., None].to(values) * (tile_features - values)
     residuals, counts = residual_sums(tile_features, codebook, tile_mask)
+    if moved_sums is not None:
+        drift = fit_drift(values, stored_tile_features, stored_tile_ages, stored_tile_mask)
+        stored_residuals, stored_counts = moved_sums(drift)
     if stored_residuals is None:
         return residuals, counts
     stored_residuals, stored_counts = stored_residuals.to(residuals), stored_counts.to(counts)
-    if stored_tile_features is not None:
-        stale_counts = stored_counts if stale_counts is None else stale_counts.to(counts)
-        stored = stored_tile_features.to(values)
-        drift = codeword_drift(values, stored, stored_tile_mask, codebook)
-        stored_residuals = stored_residuals + stale_counts[..., None] * drift
-        if control_strength and tile_weights is not None:
-            factors = control_strength * (tile_weights.to(counts) - 1) * stored_tile_mask
-            excess = _excess_movement(values, stored, drift, factors, codebook)
-            stale_share = stale_counts.sum(dim=1) / stored_counts.sum(dim=1).clamp(min=1)
-            stored_residuals = stored_residuals + stale_share[:, None, None] * excess
     if dropped_codewords is not None:
         kept = ~(dropped_codewords.to(counts.device) & (counts > 0)).unsqueeze(-1)
         stored_residuals, stored_counts = stored_residuals * kept, stored_counts * kept[..., 0]
     return residuals + stored_residuals, counts + stored_counts
-
-
-@torch.no_grad()
-def codeword_drift(
-    fresh: torch.Tensor, stored: torch.Tensor, is_stored: torch.Tensor, codebook: torch.Tensor
-) -> torch.Tensor:
-    """How far features have moved since they were stored, at each codeword, measured on the tiles encoded now.
-
-    Stored features lag behind the tile encoder. Much of that is common to all tiles near a codeword, so what the
-    fresh tiles show of it corrects the stale ones. Collective: the tiles of all processes count.
-
-    Args:
-        fresh (`torch.Tensor` of shape `(B, M, D)`, float): features of the sampled tiles.
-        stored (`torch.Tensor` of shape `(B, M, D)`, float): what the bank holds of them.
-        is_stored (`torch.Tensor` of shape `(B, M)`, bool): False for padding and for tiles never stored.
-        codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
-
-    Returns:
-        `torch.Tensor` of shape `(K, D)`, float32: mean movement of the tiles at each codeword; where there are none,
-        that of all tiles.
-    """
-    stored = stored.to(fresh.device)
-    # (B, M, D) -> (n, D)
-    moved = (fresh.float() - stored.float())[is_stored]
-    codeword = assign_codewords(stored[is_stored].float(), codebook.float())
-    table = torch.zeros(len(codebook), moved.shape[-1] + 1, dtype=torch.float64, device=moved.device)
-    table.index_add_(0, codeword, torch.cat([moved, torch.ones_like(moved[:, :1])], dim=1).double())
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(table)
-    sums, counts = table[:, :-1], table[:, -1:]
-    overall = sums.sum(dim=0) / counts.sum().clamp(min=1)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), overall).float()
-
-
-def _excess_movement(
-    fresh: torch.Tensor, stored: torch.Tensor, drift: torch.Tensor, factors: torch.Tensor, codebook: torch.Tensor
-) -> torch.Tensor:
-    """Sums `factors * (phi - psi - D)` over the tiles of each slide, at their stored codewords: `(B, K, D)`.
-
-    A tile that went over to another codeword counts by its movement alone: times its weight, all of its residual
-    would drown what is stored at both.
-    """
-    codeword = assign_codewords(stored, codebook)
-    movement = factors[..., None] * (fresh - stored - drift.to(stored)[codeword]).to(factors.dtype)
-    excess = torch.zeros(len(fresh), *codebook.shape, dtype=factors.dtype, device=fresh.device)
-    return excess.scatter_add_(1, codeword[..., None].expand_as(movement), movement)

@@ -106,7 +106,7 @@ def test_two_pass_has_the_value_of_all_tiles_and_the_weighted_gradient_of_the_sa
 
 @pytest.mark.parametrize("mode", ["full", "corrected"])
 def test_with_a_fresh_bank_the_value_is_that_of_all_tiles(data, tmp_path, mode):
-    trainer = make_trainer(data, tmp_path, bank_mode=mode, control_strength=0.5)
+    trainer = make_trainer(data, tmp_path, bank_mode=mode)
     loss, found, plan = one_step(trainer)
     expected_loss, expected = all_tiles(trainer, plan)
     assert loss == pytest.approx(expected_loss, rel=1e-5)

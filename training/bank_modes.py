@@ -8,18 +8,20 @@ Letters: b slides of this process, M sampled tiles of each, K codewords, D featu
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from modeling_dre_slcl import DreSlclModel
 from modeling_dre_slcl.residual_encoder import residual_sums
+from modeling_dre_slcl.residual_estimate import MovedSums
 
 from .config import TrainConfig
 from .sampler import StepPlan, StepSampler, generator
 from .whole_slides import WholeSlides, trained_encoder_parameters
 
-Arguments = dict[str, torch.Tensor | float]
+Arguments = dict[str, torch.Tensor | MovedSums]
 
 
 @dataclass(frozen=True)
@@ -102,21 +104,22 @@ class Full(BankMode):
         return {"stored_residuals": residuals, "stored_counts": counts}
 
 
-class Corrected(Full):
+class Corrected(BankMode):
     """All tiles; stored ones moved along with what the sampled ones show of the drift, and weights by codeword."""
 
     stratified = True
 
     def arguments(self, model: DreSlclModel, tiles: PlannedTiles) -> Arguments:
         """Adds what the sampled tiles were when they were stored; see `BankMode.arguments`."""
-        bank, arguments = model.memory_bank, super().arguments(model, tiles)
-        refreshed = torch.from_numpy(tiles.plan.refreshed)
-        if refreshed.shape[1]:
-            # Just encoded, they have not drifted.
-            fresh = torch.cat([tiles.sampled, refreshed], dim=1)
-            arguments["stale_counts"] = bank.residuals_of_others(tiles.slides, fresh, model.codebook)[1]
-        arguments["stored_tile_features"], arguments["stored_tile_mask"] = bank.read(tiles.slides, tiles.sampled)
-        return arguments | {"tile_weights": tiles.weights, "control_strength": self.config.control_strength}
+        bank, step = model.memory_bank, tiles.plan.step
+        features, is_stored = bank.read(tiles.slides, tiles.sampled)
+        return {
+            "stored_tile_features": features,
+            "stored_tile_ages": bank.ages(tiles.slides, tiles.sampled, step),
+            "stored_tile_mask": is_stored,
+            "moved_sums": partial(bank.moved_residuals_of_others, tiles.slides, tiles.sampled, model.codebook, step),
+            "tile_weights": tiles.weights,
+        }
 
 
 class TwoPass(BankMode):
@@ -155,7 +158,9 @@ BANK_MODES: dict[str, type[BankMode]] = {
 }
 
 
-def drop_stale(arguments: Arguments, plan: StepPlan, sampler: StepSampler, probability: float) -> Arguments:
+def drop_stale(
+    arguments: Arguments, plan: StepPlan, sampler: StepSampler, probability: float, num_codewords: int
+) -> Arguments:
     """Adds stale-feature dropout: at random codewords of each slide the tiles encoded now stand for all of it.
 
     Args:
@@ -163,8 +168,8 @@ def drop_stale(arguments: Arguments, plan: StepPlan, sampler: StepSampler, proba
         plan (`StepPlan`): the step's plan.
         sampler (`StepSampler`): names slides; randomness is a function of (seed, step, slide).
         probability (`float`): of a codeword.
+        num_codewords (`int`): K.
     """
-    num_codewords = arguments["stored_counts"].shape[1]
     names = [sampler.slide_ids[slide] for slide in plan.slides.tolist()]
     drawn = [generator(sampler.seed, "stale dropout", plan.step, name).random(num_codewords) for name in names]
     return arguments | {"dropped_codewords": torch.from_numpy(np.stack(drawn) < probability)}

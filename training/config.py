@@ -86,9 +86,6 @@ class TrainConfig:
         "full, with stored features moved along by the drift that the sampled tiles show; 'two_pass': all tiles "
         "encoded in every step, s with gradient; 'exact': all tiles with gradient, in constant memory",
     )
-    control_strength: float = _setting(
-        0.25, "in mode 'corrected', how far a slide's own movement counts beyond the common drift (0 to 1)"
-    )
     refresh_per_slide: int = _setting(
         0, "further tiles of each slide, the longest not refreshed, that a step encodes without gradient"
     )
@@ -200,9 +197,8 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.gradient_check_steps and not self.train_tile_encoder:
             raise ValueError("`gradient_check_steps` needs a tile encoder that is trained (`train_tile_encoder`).")
-        for name in ("control_strength", "stale_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
+        if not 0 <= self.stale_dropout <= 1:
+            raise ValueError(f"`stale_dropout` must be from 0 to 1, got {self.stale_dropout}.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"`layer_decay` must lie above 0 and not above 1, got {self.layer_decay}.")
         if self.lora_export == "adapter" and (self.lora is None or self.tile_encoder is None):

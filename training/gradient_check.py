@@ -97,7 +97,8 @@ class GradientCheck:
         features = features.clone().requires_grad_()
         mask = tiles.sampled.to(device) >= 0
         residuals, counts = estimate_residuals(features, model.codebook, mask, **arguments)
-        inputs = [value for value in (features, arguments["stored_residuals"]) if value.requires_grad]
+        others = arguments.get("stored_residuals")
+        inputs = [value for value in (features, others) if value is not None and value.requires_grad]
         upstream = torch.autograd.grad(_loss(model, residuals, counts, texts), inputs)
         gradient = self._sampled_gradient(model, pixel_values, upstream[0], places)
         if len(upstream) > 1:

@@ -40,7 +40,7 @@ from .validation import Validator
 from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
-_BANK_CALLS = ("read", "write", "residuals_of_others")
+_BANK_CALLS = ("read", "write", "residuals_of_others", "moved_residuals_of_others")
 BEST_MODEL = "best_model"
 
 

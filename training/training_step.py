@@ -98,7 +98,8 @@ class TrainingStep:
             for name, value in self.mode.arguments(self.unwrapped, tiles).items()
         }
         if self.config.stale_dropout > 0:
-            arguments = drop_stale(arguments, tiles.plan, self.data.sampler, self.config.stale_dropout)
+            probability, num_codewords = self.config.stale_dropout, len(self.unwrapped.codebook)
+            arguments = drop_stale(arguments, tiles.plan, self.data.sampler, probability, num_codewords)
         return arguments
 
     @torch.no_grad()

@@ -87,6 +87,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_clients_push_load_and_load_again_offline(tmp_path):
     with HubServer(tmp_path / "hub") as server:
         home = tmp_path / "home"

@@ -158,7 +158,8 @@ class MemoryBank(BankTables):
                 moved = drift.move(self.stored_features(others), step + 1 - self.written_step[others])
                 # In float64, as the running sums: residuals are small against the features and codewords they are of.
                 found, number = residual_sums(moved.to(codebook.device).double()[None], codebook.double())
-                residuals[place] += found[0]
+                # A feature that is not finite has a nearest codeword too; it must reach the loss as it is.
+                residuals[place] += found[0] if torch.isfinite(moved).all() else torch.nan
                 counts[place] += number[0]
             if self._mapped is not None:
                 self._mapped.release()

@@ -20,21 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 50
 STOP_AFTER = 25
 SCRIPT = """
-import json, os, sys
+import json, os, signal, sys
 import torch.distributed as dist
 from pathlib import Path
-from dre_slcl.training import config, train, trainer
+from dre_slcl.training import config, train
+from dre_slcl.training.training_step import TrainingStep
 
 folder, stop_after = Path(sys.argv[1]), int(sys.argv[2])
 rank, order, sent = int(os.environ.get("RANK", 0)), [], []
-step = trainer.Trainer._step
+step = TrainingStep.take
 
 def recorded(self, batch):
     plan = batch.plan
     slides = [self.data.source.slides[slide].slide_id for slide in plan.slides]
     order.append([plan.step, slides, plan.sampled.tolist()])
     if plan.step + 1 == stop_after and rank == 0:  # one process is told, all stop
-        self.signals.received = 15
+        os.kill(os.getpid(), signal.SIGTERM)
     return step(self, batch)
 
 def counted(name, call):
@@ -43,7 +44,7 @@ def counted(name, call):
         return call(tensor, *args, **kwargs)
     return wrapper
 
-trainer.Trainer._step = recorded
+TrainingStep.take = recorded
 dist.broadcast = counted("broadcast", dist.broadcast)
 status = train.train(config.load_config(folder / "run.yaml", {}))
 (folder / f"order-{os.environ.get('WORLD_SIZE', '1')}-{rank}.json").write_text(json.dumps([order, sent]))
@@ -108,7 +109,7 @@ def one_process(data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sizes", [(2,), (4,), (4, 2), (4, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(2,), (4, 2), (1, 4)], ids=str)
 def test_order_and_losses_are_those_of_one_process(data, tmp_path, one_process, sizes):
     order, losses = run_at(data, tmp_path / "run", *sizes)
     expected_order, expected = one_process

@@ -38,7 +38,8 @@ def plant_in_pixels(step, value, chance, mode):
 
 def plant_in_bank(step, value, chance, mode):
     """In the features and running sums of all slides, before a step reads them."""
-    calls, name = [], "read" if mode == "paper" else "residuals_of_others"
+    names = {"paper": "read", "corrected": "moved_residuals_of_others"}
+    calls, name = [], names.get(mode, "residuals_of_others")
     original = getattr(MemoryBank, name)
 
     def spoil_and_call(bank, *arguments):

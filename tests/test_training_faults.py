@@ -4,8 +4,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -183,43 +181,3 @@ def test_a_signal_during_a_validation_leaves_it_for_the_next_start(tmp_path):
         times = ("seconds", "per_second")
         rows[folder] = [{name: v for name, v in line.items() if not name.endswith(times)} for line in lines]
     assert rows["run"] == rows["whole"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_signals_at_random_times_save_and_end_the_run():
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as root:
-        command = [sys.executable, str(TESTS / "signal_campaign.py"), "--root", root, "--rounds", "20"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=590, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["saved"] >= 14
-    assert found["longest_seconds"] <= 10
-    assert (found["wrong_status"], found["not_saved"], found["invalid"]) == (0, 0, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_nothing_about_the_machine_changes_a_run(data, tmp_path):
-    from .kill_campaign import digest
-
-    variants = [
-        {"PYTHONHASHSEED": "0", "workers": 0},
-        {"PYTHONHASHSEED": "1", "workers": 1},
-        {"PYTHONHASHSEED": "7", "workers": 2, "TZ": "Asia/Kolkata"},
-        {"TZ": "America/St_Johns", "LC_ALL": "C", "workers": 1},
-        {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8", "workers": 2},
-        {"LC_ALL": "tr_TR.UTF-8", "workers": 0, "TMPDIR": str(tmp_path)},
-    ]
-    found = set()
-    for place, variant in enumerate(variants):
-        changes = {"num_workers": variant.pop("workers"), "finalize_steps": 2, "codebook_refits": [2], "num_steps": 4}
-        run = settings(data, tmp_path / f"a folder {place}", **changes)
-        config = tmp_path / f"{place}.yaml"
-        config.write_text(yaml.safe_dump(run))
-        command = [sys.executable, "-m", "dre_slcl.training.train", "--config", str(config)]
-        subprocess.run(command, env=os.environ | variant, check=True, capture_output=True, timeout=300)
-        found.add(digest(Path(run["output_dir"])))
-    assert len(found) == 1

@@ -35,6 +35,11 @@ QUICK_TRAINING = {
     "odd_reports": 1,
     "train_memory": 10_000,
 }
+# What takes longer, where slow tests are, in two halves; `make reliability COUNTS=default` runs the usual counts.
+SLOW_TRAINING = (
+    {"train_sabotages": 20, "train_signals": 10, "determinism": 2, "not_finite": 40},
+    {"train_kills": 40, "train_disk_full": 2, "power_loss": 200, "damaged_checkpoints": 100, "pickles": 24},
+)
 TRAINING = {*QUICK_TRAINING, "train_disk_full", "train_sabotages", "determinism"}
 NEED_ROOT = {"disk_full", "train_disk_full"}
 
@@ -69,9 +74,10 @@ def test_few_cases_of_training():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_usual_counts_of_training():
-    check_together({name: CAMPAIGNS[name][2] for name in sorted(TRAINING)})
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("counts", SLOW_TRAINING, ids=["sabotages", "kills"])
+def test_more_cases_of_training(counts):
+    check_together(counts)
 
 
 @pytest.mark.slow

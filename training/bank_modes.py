@@ -65,6 +65,13 @@ class BankMode:
     def __init__(self, config: TrainConfig, whole_slides: WholeSlides) -> None:
         self.config, self.whole_slides = config, whole_slides
 
+    def arguments_on(self, device: torch.device, model: DreSlclModel, tiles: PlannedTiles) -> Arguments:
+        """What `arguments` returns, with its tensors on a device."""
+        return {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in self.arguments(model, tiles).items()
+        }
+
     def arguments(self, model: DreSlclModel, tiles: PlannedTiles) -> Arguments:
         """Returns the arguments of `forward` that stand for the tiles which are not encoded with gradient.
 

@@ -90,10 +90,7 @@ class GradientCheck:
             `list` of `torch.Tensor`, one gradient per parameter of `trained_encoder_parameters`.
         """
         device = pixel_values.device
-        arguments = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in self.mode.arguments(model, tiles).items()
-        }
+        arguments = self.mode.arguments_on(device, model, tiles)
         features = features.clone().requires_grad_()
         mask = tiles.sampled.to(device) >= 0
         residuals, counts = estimate_residuals(features, model.codebook, mask, **arguments)

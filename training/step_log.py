@@ -48,7 +48,7 @@ class StepLog:
         values = torch.tensor(list(means.values()), dtype=torch.float64, device=self.accelerator.device)
         means = dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         means["tiles_per_second"] *= self.accelerator.num_processes
-        health = self.model.memory_bank.health(completed, self._sum_over_processes)
+        health = self.model.memory_bank.health(completed, self.sum_over_processes)
         # Drift is that of the latest step's tiles: of steps on the head alone there is none to tell.
         told = [name for name in health if is_training or not name.startswith("drift")]
         means |= {f"bank_{name}": health[name] for name in told}
@@ -58,5 +58,6 @@ class StepLog:
             idle = (means["data_seconds"] + means["wait_seconds"]) / means["seconds"]
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {means['tiles_per_second']:.0f} tiles/s, {idle:.0%} idle")
 
-    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds up what each process counts. Collective."""
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum")

@@ -370,11 +370,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _write_summary(self) -> None:
-        bank = summarize_bank(self.unwrapped.memory_bank, self.data, self._last_step, self._sum_over_processes)
+        bank = summarize_bank(self.unwrapped.memory_bank, self.data, self._last_step, self.log.sum_over_processes)
         if self.is_main:
             draw_bank_report(bank, self.output_dir / "bank_report.png", self.output_dir / "metrics.jsonl")
             counts = {"processes": self.accelerator.num_processes, "slides": len(self.data.slides)}
             write_summary(self.output_dir, run_facts(self.config, self.progress, self.unwrapped, **counts))
-
-    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(values.to(self.device), "sum")

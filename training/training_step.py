@@ -92,11 +92,7 @@ class TrainingStep:
 
     def _stored(self, tiles: PlannedTiles) -> Arguments:
         """What stands for the tiles that are not sampled, by `bank_mode`: arguments of the model's `forward`."""
-        device = self.accelerator.device
-        arguments = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in self.mode.arguments(self.unwrapped, tiles).items()
-        }
+        arguments = self.mode.arguments_on(self.accelerator.device, self.unwrapped, tiles)
         if self.config.stale_dropout > 0:
             probability, num_codewords = self.config.stale_dropout, len(self.unwrapped.codebook)
             arguments = drop_stale(arguments, tiles.plan, self.data.sampler, probability, num_codewords)

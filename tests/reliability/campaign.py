@@ -12,11 +12,13 @@ import json
 import logging
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from dre_slcl.training.slide_worker import prepare_worker
 
@@ -30,6 +32,8 @@ from modeling_dre_slcl.tile_grid import TileGridConfig  # noqa: E402
 GRID = TileGridConfig(tile_size_px=64, tile_mpp=1.0, mask_mpp=8.0)
 HANG_SECONDS = 20.0
 MEMORY_BYTES = 4 << 30
+# tqdm's own lock is shared by forked processes: one that is killed while it holds it would stop all others for ever.
+tqdm.set_lock(threading.RLock())
 MEMORY_FOLDER = Path("/dev/shm")  # syncing thousands of small files to a disk would be all that is measured
 
 

@@ -7,38 +7,17 @@ Letters: N tiles, R regions, K codewords, D feature width, E joint width.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from modeling_dre_slcl.configuration_dre_slcl import DreSlclConfig
 from modeling_dre_slcl.residual_encoder import assign_codewords
+
+from .stored_features import StoredTiles
 
 _REGIONS_AT_ONCE = 128
 _FULL_SHARE = 0.25  # of a region's places for tiles; what holds less is an edge, not a region
-
-
-@dataclass(frozen=True)
-class StoredTiles:
-    """Tiles of one slide, encoded before.
-
-    Args:
-        slide_id (`str`): the slide.
-        features (`torch.Tensor` of shape `(N, D)`, float): their features.
-        tile_xy (`np.ndarray` of shape `(N, 2)`, int32): level-0 (x, y) of their top-left corners.
-        tile_size_level0_px (`int`): their side on level 0.
-    """
-
-    slide_id: str
-    features: torch.Tensor
-    tile_xy: np.ndarray
-    tile_size_level0_px: int
-
-    def __len__(self) -> int:
-        return len(self.features)
 
 
 @dataclass(frozen=True)
@@ -60,50 +39,6 @@ class Regions:
     region_of_tile: np.ndarray
 
 
-def read_stored_tiles(folder: str | Path, slide_id: str, config: DreSlclConfig) -> StoredTiles:
-    """Reads what `dre-slcl embed --tile-features` stored of a slide.
-
-    Args:
-        folder (`str` or `Path`): its `--out`.
-        slide_id (`str`): the slide.
-        config (`DreSlclConfig`): of the model that made the features.
-
-    Raises:
-        ValueError: if there are no tile features, or they come from a model of another width.
-    """
-    path = Path(folder) / "embeddings" / f"{slide_id}.safetensors"
-    advice = "embed the slides with `dre-slcl embed --tile-features`"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there; {advice}.")
-    try:
-        with safe_open(path, framework="pt") as stored:
-            if not {"tile_features", "tile_xy"} <= set(stored.keys()):
-                raise ValueError(f"{path}: holds no tile features; {advice}.")
-            features, tile_xy = stored.get_tensor("tile_features"), stored.get_tensor("tile_xy").numpy()
-            facts = stored.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error}); {advice}.") from error
-    if features.ndim != 2 or features.shape[1] != config.hidden_size or tile_xy.shape != (len(features), 2):
-        raise ValueError(
-            f"{path}: expected features of shape (N, {config.hidden_size}) and places of shape (N, 2), found "
-            f"{tuple(features.shape)} and {tile_xy.shape}; give the model that made them."
-        )
-    return StoredTiles(slide_id, features, tile_xy, _tile_size(tile_xy, facts, config))
-
-
-def _tile_size(tile_xy: np.ndarray, facts: dict[str, str], config: DreSlclConfig) -> int:
-    """Side of a tile on level 0: as stored, or the step of the grid, or by resolution where a grid has no steps."""
-    if "tile_size_level0_px" in facts:
-        return int(facts["tile_size_level0_px"])
-    if "mpp" not in facts:
-        raise ValueError("Stored tile features without the slide's mpp; embed the slides again.")
-    expected = round(config.tile_size_px * config.tile_mpp / float(facts["mpp"]))
-    steps = np.concatenate([np.diff(np.unique(tile_xy[:, axis])) for axis in range(2)])
-    # A pyramid level within 2% of the wanted resolution is used as it is.
-    near = steps[np.abs(steps / expected - 1) <= 0.03]
-    return int(np.median(near)) if len(near) else expected
-
-
 @torch.no_grad()
 def encode_regions(model: PreTrainedModel, tiles: StoredTiles, region_tiles: int = 4) -> Regions:
     """Divides a slide into squares and encodes each as a slide of its own.
@@ -118,22 +53,26 @@ def encode_regions(model: PreTrainedModel, tiles: StoredTiles, region_tiles: int
         `Regions`: from top to bottom, then from left to right.
 
     Raises:
-        ValueError: if `region_tiles` is below 1.
+        ValueError: if `region_tiles` is below 1, or nothing says how large a tile is.
     """
     if region_tiles < 1:
         raise ValueError(f"region_tiles: expected at least 1, found {region_tiles}.")
-    size = region_tiles * tiles.tile_size_level0_px
+    side = tiles.side_level0_px(model.config)
+    size = region_tiles * side
     origin = tiles.tile_xy.min(axis=0).astype(np.int64)
     # A tile belongs to the region that holds its centre, whatever rounding did to its corner.
-    cells = (tiles.tile_xy - origin + tiles.tile_size_level0_px // 2) // size
+    cells = (tiles.tile_xy - origin + side // 2) // size
     rows_first, inverse, counts = np.unique(cells[:, ::-1], axis=0, return_inverse=True, return_counts=True)
     kept = counts >= max(1, _FULL_SHARE * region_tiles**2)
     if not kept.any():  # a slide of a few tiles
         kept[:] = True
     number = np.where(kept, np.cumsum(kept) - 1, -1)
     region_of_tile = number[inverse.reshape(-1)]
+    features = torch.from_numpy(tiles.tile_features)
     return Regions(
-        projection=_project(model, tiles.features, torch.from_numpy(region_of_tile), int(kept.sum())),
+        projection=_project(
+            model, torch.from_numpy(tiles.tile_features), torch.from_numpy(region_of_tile), int(kept.sum())
+        ),
         region_xy=rows_first[kept][:, ::-1] * size + origin,
         size_level0_px=size,
         num_tiles=counts[kept],

@@ -208,14 +208,15 @@ def _find_reports(arguments: argparse.Namespace, projection: np.ndarray, rows: M
 
 def _find_regions(arguments: argparse.Namespace, index: EmbeddingIndex) -> list[Hit]:
     """Regions of all slides, or of one, that match a text; one slide is in memory at a time."""
-    from .search_regions import encode_regions, read_stored_tiles
+    from .search_regions import encode_regions
+    from .stored_features import read_stored_tiles, stored_file
 
     loaded = _load_model(arguments, index)
     text = loaded.embed_text(arguments.query)[0].astype(np.float64)
     wanted = range(len(index)) if arguments.within is None else [index.row(arguments.within)]
     best: list[tuple[float, int, int, tuple[int, int, int, int]]] = []
     for row in wanted:
-        tiles = read_stored_tiles(index.folder, index.slide_ids[row], loaded.model.config)
+        tiles = read_stored_tiles(stored_file(index.folder, index.slide_ids[row]), loaded.model.config)
         regions = encode_regions(loaded.model, tiles, arguments.region_tiles)
         scores = regions.projection.double().numpy() @ text
         for place in np.argsort(-scores, kind="stable")[: arguments.top_k].tolist():

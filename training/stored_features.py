@@ -40,6 +40,31 @@ class StoredTiles:
     fingerprint: str | None = None
     is_own: bool = True
 
+    def __len__(self) -> int:
+        return len(self.tile_features)
+
+    def side_level0_px(self, config: Any) -> int:
+        """Side of a tile, level-0 pixels: as the file says, else by the model's resolution and the slide's.
+
+        Raises:
+            ValueError: if the file says neither.
+        """
+        if self.tile_size_level0_px is not None:
+            return self.tile_size_level0_px
+        if self.mpp is None:
+            raise ValueError(
+                f"Stored tile features of {self.slide_id} without their tiles' size or the slide's mpp; embed again."
+            )
+        return round(config.tile_size_px * config.tile_mpp / self.mpp)
+
+
+def stored_file(folder: str | Path, slide_id: str) -> Path:
+    """Where `dre-slcl embed --out FOLDER` keeps a slide's file: the one that is there, else the default's name."""
+    files = [
+        Path(folder) / "embeddings" / f"{slide_id}{suffix}" for suffix in (".safetensors", *sorted(HDF5_SUFFIXES))
+    ]
+    return next((file for file in files if file.is_file()), files[0])
+
 
 def read_stored_tiles(
     path: str | Path, config: Any, *, mpp: float | None = None, allow_mismatch: bool = False
@@ -64,7 +89,9 @@ def read_stored_tiles(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of tile features.")
+        raise FileNotFoundError(
+            f"{path}: there is no such file of tile features; embed the slide with `dre-slcl embed --tile-features`."
+        )
     tiles = _read_own(path)
     if tiles is None:
         return _read_foreign(path, config, mpp=mpp, allow_mismatch=allow_mismatch)

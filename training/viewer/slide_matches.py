@@ -16,7 +16,8 @@ from modeling_dre_slcl.residual_encoder import assign_codewords
 from modeling_dre_slcl.text_embeddings import TextEmbeddings
 
 from ..search_index import EmbeddingIndex
-from ..search_regions import StoredTiles, encode_regions, read_stored_tiles
+from ..search_regions import encode_regions
+from ..stored_features import StoredTiles, read_stored_tiles, stored_file
 
 logger = logging.getLogger(__name__)
 MODES = ("contribution", "similarity")
@@ -56,10 +57,10 @@ class SlideMatches:
 
     def describe(self, tiles: StoredTiles) -> dict[str, Any]:
         """Places of the tiles and the codeword of each, as JSON."""
-        codewords = assign_codewords(tiles.features.to(self.model.device, self.model.dtype), self.model.codebook)
+        codewords = assign_codewords(self._features(tiles), self.model.codebook)
         return {
             "tile_xy": tiles.tile_xy.tolist(),
-            "tile_size_level0_px": tiles.tile_size_level0_px,
+            "tile_size_level0_px": tiles.side_level0_px(self.model.config),
             "codewords": codewords.tolist(),
             "num_codewords": len(self.model.codebook),
         }
@@ -99,9 +100,9 @@ class SlideMatches:
     def _match(self, tiles: StoredTiles, text: str, against: str, mode: str) -> dict[str, Any]:
         vectors = self.texts.embed([text, against] if against.strip() else [text])
         direction = vectors[0] - vectors[1] if len(vectors) == 2 else vectors[0]
-        whole = self.model.get_slide_features(tiles.features[None].to(self.model.device, self.model.dtype))
+        whole = self.model.get_slide_features(self._features(tiles)[None])
         if mode == "contribution":
-            values = self.model.attribute_tiles(tiles.features, direction).tolist()
+            values = self.model.attribute_tiles(torch.from_numpy(tiles.tile_features), direction).tolist()
         else:
             regions = encode_regions(self.model, tiles, _REGION_TILES)
             scores = (regions.projection @ direction).tolist()
@@ -122,7 +123,7 @@ class SlideMatches:
             return self._rows(
                 self.index.search(self.index.slide_embedding[own], "slide_embedding", top_k, leave_out={own})
             )
-        encoded = self.model.get_slide_features(tiles.features[None].to(self.model.device, self.model.dtype))
+        encoded = self.model.get_slide_features(self._features(tiles)[None])
         vector = encoded.slide_embedding[0].float().cpu().numpy()
         return self._rows(self.index.search(vector, "slide_embedding", top_k))
 
@@ -136,12 +137,15 @@ class SlideMatches:
         ids, cases = self.index.slide_ids, self.index.case_ids
         return [{"slide_id": ids[row], "case_id": cases[row], "score": score} for row, score in found]
 
+    def _features(self, tiles: StoredTiles) -> torch.Tensor:
+        return torch.from_numpy(tiles.tile_features).to(self.model.device, self.model.dtype)
+
     def _stored(self, slide_id: str) -> StoredTiles | None:
         if self.index is None or slide_id not in self.index.slide_ids:
             return None
         try:
-            return read_stored_tiles(self.index.folder, slide_id, self.model.config)
-        except ValueError as error:
+            return read_stored_tiles(stored_file(self.index.folder, slide_id), self.model.config)
+        except (ValueError, FileNotFoundError) as error:
             logger.info("Slide %s is encoded again: %s", slide_id, error)
             return None
 
@@ -150,4 +154,4 @@ class SlideMatches:
             path, image_processor=self.image_processor, slide_id=slide_id, mpp=mpp, return_tile_features=True
         )
         tile_xy = np.asarray(result["tile_xy"], dtype=np.int32)
-        return StoredTiles(slide_id, result["tile_features"], tile_xy, int(result["tile_size_level0_px"]))
+        return StoredTiles(slide_id, result["tile_features"].numpy(), tile_xy, int(result["tile_size_level0_px"]))

@@ -52,7 +52,8 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="more slides and finer curves")
     parser.add_argument("--tiles", type=int, default=10_000, help="tiles of the timed slide (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("heatmap-curves.png"), help="picture (default: %(default)s)")
+    picture = Path(__file__).parent / "results" / "heatmap_curves.png"
+    parser.add_argument("--out", type=Path, default=picture, help="picture (default: results/heatmap_curves.png)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, kinds = make_model()

@@ -70,9 +70,7 @@ def encode_regions(model: PreTrainedModel, tiles: StoredTiles, region_tiles: int
     region_of_tile = number[inverse.reshape(-1)]
     features = torch.from_numpy(tiles.tile_features)
     return Regions(
-        projection=_project(
-            model, torch.from_numpy(tiles.tile_features), torch.from_numpy(region_of_tile), int(kept.sum())
-        ),
+        projection=_project(model, features, torch.from_numpy(region_of_tile), int(kept.sum())),
         region_xy=rows_first[kept][:, ::-1] * size + origin,
         size_level0_px=size,
         num_tiles=counts[kept],

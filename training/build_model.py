@@ -21,15 +21,8 @@ from modeling_dre_slcl.tile_encoder import build_tile_encoder, tile_encoder_widt
 
 from .config import TrainConfig
 from .lora import merge_lora, save_adapter
-from .pretrained import load_pretrained
-from .pretrained_encoder import (
-    Preprocessing,
-    check_input_size,
-    check_loaded,
-    encoder_source,
-    load_tile_encoder,
-    refuse_pickled_weights,
-)
+from .pretrained import check_loaded, load_pretrained
+from .pretrained_encoder import Preprocessing, check_input_size, encoder_source, load_tile_encoder
 from .reports import ReportEncoder
 from .slide_labels import SlideLabels
 
@@ -184,7 +177,6 @@ def _published(config: PreTrainedConfig, source: str | None) -> PreTrainedConfig
 
 def _load_parts(config: TrainConfig, label_fields: dict[str, Any]) -> ModelParts:
     """Loads a DRE-SLCL model to go on from; a classifier is new unless the model has one."""
-    refuse_pickled_weights(config.model)
     classes = (DreSlclForSlideClassification, ("classifier.",)) if label_fields else (DreSlclModel, ())
     model_class, may_lack = classes
     model_config = AutoConfig.from_pretrained(config.model)

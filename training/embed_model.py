@@ -5,10 +5,11 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
-import modeling_dre_slcl  # noqa: F401 - registers the model with the Auto classes
 from modeling_dre_slcl.slide_inference import check_model
+
+from .pretrained import load_slide_model
 
 
 def load_model(name: str, revision: str | None, device: str | None) -> tuple[PreTrainedModel, Any]:
@@ -25,13 +26,10 @@ def load_model(name: str, revision: str | None, device: str | None) -> tuple[Pre
     Raises:
         ValueError: if it is no DRE-SLCL model, or one that cannot embed anything.
     """
-    options = {"trust_remote_code": False, "revision": revision or "main"}
-    model = AutoModel.from_pretrained(name, **options)
-    if not hasattr(model, "codebook"):
-        raise ValueError(f"{name}: expected a DRE-SLCL model, found {type(model).__name__}.")
+    model = load_slide_model(name, revision)
     check_model(model)
-    image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    return model.to(device or default_device()).eval(), image_processor
+    image_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, revision=revision or "main")
+    return model.to(device or default_device()), image_processor
 
 
 def default_device() -> torch.device:

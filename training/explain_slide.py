@@ -149,19 +149,20 @@ def _load_model(arguments: argparse.Namespace) -> Any:
     """The model in evaluation mode; with --class a slide classifier whose classifier was trained."""
     from transformers import AutoModel, AutoModelForImageClassification
 
-    import modeling_dre_slcl  # noqa: F401 (registers the classes)
+    from .pretrained import check_loaded, load_pretrained
 
     # The installed classes: code that a repository carries is not run here.
     loader = AutoModel if arguments.label is None else AutoModelForImageClassification
     try:
-        model, report = loader.from_pretrained(arguments.model, trust_remote_code=False, output_loading_info=True)
-    except (ValueError, KeyError) as error:
+        model, report = load_pretrained(arguments.model, loader, trust_remote_code=False, output_loading_info=True)
+    except KeyError as error:
         raise ValueError(f"{arguments.model}: cannot be loaded for this ({error}).") from error
     if missing := sorted(name for name in report["missing_keys"] if name.startswith("classifier")):
         raise ValueError(
             f"{arguments.model}: has no trained classifier ({', '.join(missing)} missing), so that no class can be "
             "explained; train one, or explain a --text."
         )
+    check_loaded(arguments.model, model, report, may_exceed=("classifier.",))
     return model.eval().to(arguments.device)
 
 

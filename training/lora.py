@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from modeling_dre_slcl import DreSlclModel
 from modeling_dre_slcl.atomic_files import read_json
 
-from .pretrained_encoder import check_loaded, encoder_source, load_tile_encoder
+from .pretrained import check_loaded
+from .pretrained_encoder import encoder_source, load_tile_encoder
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What peft does not know to adapt: the linear layers of attention, as timm and transformers call them.

@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a pretrained tile encoder or DRE-SLCL model, whole, and never from a pickle.
+"""Loads a pretrained tile encoder, whole, and never from a pickle.
 
 Letters: C channels, H = W the encoder's input size in px.
 """
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .pretrained import load_pretrained
+from .pretrained import check_loaded, load_pretrained, refuse_pickled_weights
 
 logger = logging.getLogger(__name__)
 # Names under which timm takes the same places.
 _PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
-_MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -66,67 +63,6 @@ def encoder_source(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name
-
-
-def refuse_pickled_weights(source: str) -> None:
-    """Refuses a folder that holds weights as pickles only.
-
-    Raises:
-        ValueError: naming the file and the command that converts it.
-    """
-    folder = Path(source)
-    if not folder.is_dir() or list(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
-    if pickled:
-        raise ValueError(
-            f"{pickled[0]} holds pickled weights, which can run code when they are read; convert them first: "
-            f"`dre-slcl convert-encoder {pickled[0]} OUT`, then give OUT."
-        )
-
-
-def check_loaded(
-    what: str,
-    model: PreTrainedModel,
-    loading: dict[str, Any],
-    *,
-    may_lack: tuple[str, ...] = (),
-    may_exceed: tuple[str, ...] = (),
-) -> None:
-    """Refuses weights that do not fill a model, or are of a larger one; transformers only warns of both.
-
-    Args:
-        what (`str`): the model, for the message.
-        model (`PreTrainedModel`): it.
-        loading (`dict`): from `from_pretrained(..., output_loading_info=True)`.
-        may_lack (`tuple[str, ...]`): beginnings of names that may be missing.
-        may_exceed (`tuple[str, ...]`): beginnings of names that may be left over. Parts that the model has nothing
-            of, such as a head, may always be.
-
-    Raises:
-        ValueError: naming some of the tensors.
-    """
-    missing = sorted(key for key in loading["missing_keys"] if not key.startswith(may_lack))
-    if missing:
-        raise ValueError(
-            f"The weights of {what} are incomplete: {len(missing)} tensors are missing, {_some(missing)}."
-        )
-    parts = {_part(key) for key in model.state_dict()}
-    extra = sorted(key for key in loading["unexpected_keys"] if _part(key) in parts and not key.startswith(may_exceed))
-    if extra:
-        raise ValueError(
-            f"The weights of {what} are of another model than its config.json describes: {len(extra)} tensors have no "
-            f"place, {_some(extra)}."
-        )
-
-
-def _part(key: str) -> str:
-    """The part of a model that a tensor belongs to: the first word of its name."""
-    return key.removeprefix("timm_model.").split(".")[0]
-
-
-def _some(names: list[str]) -> str:
-    return "for example " + ", ".join(f"`{name}`" for name in names[:_MAX_NAMED])
 
 
 def read_preprocessing(source: str, encoder: PreTrainedModel) -> Preprocessing:

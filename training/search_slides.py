@@ -127,13 +127,14 @@ class _Model:
 
 def _load_model(arguments: argparse.Namespace, index: EmbeddingIndex) -> _Model:
     import torch
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from modeling_dre_slcl.text_embeddings import TextEmbeddings
 
+    from .pretrained import load_slide_model
+
     index.check_model(arguments.model)
-    # The installed classes: code that a repository carries is not run here.
-    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=False).eval()
+    model = load_slide_model(arguments.model)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def texts() -> TextEmbeddings:

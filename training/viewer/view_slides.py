@@ -123,17 +123,16 @@ def build_viewer(
             raise ValueError("--embeddings needs --model: the one that made them.")
         return SlideViewer(slides)
     import torch
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
 
+    from ..pretrained import load_slide_model
     from .slide_matches import SlideMatches
 
     index = None
     if embeddings is not None:
         index = EmbeddingIndex.open(embeddings)
         index.check_model(model)
-    # The installed classes: code that a repository carries is not run here.
-    loaded = AutoModel.from_pretrained(model, trust_remote_code=False).eval()
-    loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_slide_model(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = None
     if loaded.text_encoder is not None:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)

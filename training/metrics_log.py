@@ -34,7 +34,9 @@ class MetricsLog:
             handle.flush()
             os.fsync(handle.fileno())  # a checkpoint that outlives a power loss must not outlive its metrics
         if self.track is not None:
-            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            # Trackers keep the step themselves, and some of them reserve its name.
+            is_number = {name: isinstance(value, (int, float)) for name, value in row.items()} | {"step": False}
+            numbers = {name: value for name, value in row.items() if is_number[name]}
             self.track(numbers, row["step"])
 
 

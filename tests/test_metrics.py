@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, roc_auc_score
 
-from dre_slcl.training.metrics import (
+from dre_slcl.training.metrics.slide_metrics import (
     SlideClassification,
     SlideRetrieval,
     bootstrap_intervals,

@@ -134,7 +134,7 @@ def _linear_probe(setup: EvaluationSetup, answers: Answers) -> None:
 
 def _classification(task: str, scores: np.ndarray, setup: EvaluationSetup, answers: Answers) -> None:
     """Scores `(S, C)` -> the task's metrics, and a prediction per slide."""
-    from .metrics import SlideClassification
+    from .metrics.slide_metrics import SlideClassification
 
     labels = _labels(answers.test.labels[setup.label_column])
     known = [place for place, label in enumerate(labels) if label is not None]
@@ -152,7 +152,7 @@ def _classification(task: str, scores: np.ndarray, setup: EvaluationSetup, answe
 
 @torch.inference_mode()
 def _retrieval(model: PreTrainedModel, setup: EvaluationSetup, answers: Answers) -> None:
-    from .metrics import SlideRetrieval, rank_gallery
+    from .metrics.slide_metrics import SlideRetrieval, rank_gallery
 
     test = answers.test
     known = [place for place, report in enumerate(test.reports) if report.strip()]

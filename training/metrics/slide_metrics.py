@@ -16,7 +16,7 @@ import evaluate
 import numpy as np
 from scipy.stats import rankdata
 
-from .ranking import rank_gallery
+from ..ranking import rank_gallery
 
 RECALL_AT = (1, 5, 10)
 _QUERIES_AT_ONCE = 1024

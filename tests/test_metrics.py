@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, roc_auc_score
 
+from dre_slcl.training.evaluation.case_bootstrap import bootstrap_intervals
 from dre_slcl.training.metrics.slide_metrics import (
     SlideClassification,
     SlideRetrieval,
-    bootstrap_intervals,
     classification_scores,
     rank_gallery,
     retrieval_chance,
@@ -150,6 +150,7 @@ def test_every_bootstrap_sample_has_as_many_cases_of_each_class():
         drawn = [cases[index] for index in sample]
         assert drawn.count("a") / 2 + drawn.count("b") == 2
         assert sum(classes[index] for index in sample) == 3
+    assert len({tuple(sorted(sample)) for sample in seen}) > 5
 
 
 def test_a_single_case_of_a_class_gives_no_interval():

@@ -7,8 +7,7 @@ instantiated directly, `SlideRetrieval(keep_in_memory=True)`; nothing is fetched
 Letters: Q queries, G gallery items, n slides, C classes.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -16,6 +15,7 @@ import evaluate
 import numpy as np
 from scipy.stats import rankdata
 
+from ..evaluation.case_bootstrap import bootstrap_intervals
 from ..ranking import rank_gallery
 
 RECALL_AT = (1, 5, 10)
@@ -73,47 +73,6 @@ def classification_scores(references: np.ndarray, scores: np.ndarray) -> dict[st
         "auroc": float(areas.mean()) if len(areas) else float("nan"),
         "accuracy": float(is_right.mean()),
     }
-
-
-def bootstrap_intervals(
-    score: Callable[[np.ndarray], dict[str, float]],
-    cases: Sequence[str],
-    strata: Sequence[int] | None = None,
-    *,
-    num_bootstrap: int,
-    seed: int,
-) -> dict[str, list[float]]:
-    """95% percentile intervals over samples of whole cases, since slides of a case are not independent.
-
-    Args:
-        score (callable): indices of a sample, with repetitions -> scores.
-        cases (sequence of `str`): the case of each item.
-        strata (sequence of `int`, *optional*): class of each item; as many cases of each class are drawn as there are,
-            a case being of the class that most of its items have.
-        num_bootstrap (`int`): number of samples; 0 for no intervals.
-        seed (`int`): of the draws; the same seed draws the same cases.
-
-    Returns:
-        `dict`: name of each score -> `[low, high]`. Empty if a stratum has a single case, which says nothing of how
-        much cases differ.
-    """
-    items, classes = defaultdict(list), defaultdict(list)
-    for index, case in enumerate(cases):
-        items[case].append(index)
-        classes[case].append(0 if strata is None else int(strata[index]))
-    by_stratum = defaultdict(list)
-    for case, indices in items.items():
-        by_stratum[Counter(classes[case]).most_common(1)[0][0]].append(np.asarray(indices))
-    if num_bootstrap < 1 or min(map(len, by_stratum.values())) < 2:
-        return {}
-    drawn = [score(sample) for sample in _samples(list(by_stratum.values()), num_bootstrap, seed)]
-    return {name: np.nanpercentile([row[name] for row in drawn], [2.5, 97.5]).tolist() for name in drawn[0]}
-
-
-def _samples(strata: list[list[np.ndarray]], num_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
-    random = np.random.default_rng(seed)
-    for _ in range(num_bootstrap):
-        yield np.concatenate([cases[i] for cases in strata for i in random.integers(len(cases), size=len(cases))])
 
 
 class SlideRetrieval(evaluate.Metric):

@@ -57,21 +57,19 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def score_samples(
-    score: Callable[[np.ndarray], dict[str, float]], weights: np.ndarray, names: Sequence[str]
-) -> dict[str, np.ndarray]:
+def score_samples(score: Callable[[np.ndarray], dict[str, float]], weights: np.ndarray) -> dict[str, np.ndarray]:
     """Scores every sample with a function that knows nothing of samples.
 
     Args:
         score (callable): rows of a sample, with repetitions -> scores; what is undefined may be left out.
         weights (`np.ndarray` of shape `(B, n)`, int): from `draw_cases`.
-        names (sequence of `str`): the scores wanted.
 
     Returns:
         `dict`: score -> float64 `(B,)`, NaN where a sample leaves it undefined.
     """
     rows = np.arange(weights.shape[1])
     found = [score(np.repeat(rows, counts)) for counts in weights]
+    names = dict.fromkeys(name for scores in found for name in scores)
     return {name: np.array([scores.get(name, np.nan) for scores in found]) for name in names}
 
 
@@ -96,8 +94,7 @@ def bootstrap_intervals(
     weights = draw_cases(cases, strata, num_bootstrap=num_bootstrap, seed=seed)
     if weights is None:
         return {}
-    names = list(score(np.arange(weights.shape[1])))
-    samples = score_samples(score, weights, names)
+    samples = score_samples(score, weights)
     intervals = {name: percentile_interval(values) for name, values in samples.items()}
     return {name: list(interval) for name, interval in intervals.items() if interval is not None}
 

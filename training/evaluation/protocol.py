@@ -229,7 +229,7 @@ def _bootstrap(
         weights = drawn[:, np.searchsorted(items, one.rows)]
         found = _score_samples(labels, one, weights, names)
         for name in names:
-            totals[name] += found[name] / len(held_out)
+            totals[name] += found.get(name, np.nan) / len(held_out)
     return totals
 
 
@@ -242,7 +242,7 @@ def _score_samples(
     if labels.kind == "multilabel":
         return weighted_multilabel(truth, one.predictions, weights)
     return score_samples(
-        lambda sample: score_predictions(labels, one.rows[sample], one.predictions[sample], names), weights, names
+        lambda sample: score_predictions(labels, one.rows[sample], one.predictions[sample], names), weights
     )
 
 

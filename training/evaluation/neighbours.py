@@ -12,10 +12,10 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from .case_folds import inner_splits
 from .linear_probe import spread_classes
+from .one_thread import one_thread
 
 NUM_NEIGHBOURS = (1, 3, 5, 10, 20, 50)
 
@@ -52,7 +52,7 @@ class NearestNeighbours:
         is_validation: np.ndarray | None = None,
     ) -> "NearestNeighbours":
         """Keeps features `(n, D)` and classes `(n,)`, int, after choosing k."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             chosen = self.num_neighbours or self._choose(features, targets, case_ids, seed, is_validation)
             chosen = min(chosen, len(targets))
             self._model = _neighbours(chosen).fit(features, targets)
@@ -61,7 +61,7 @@ class NearestNeighbours:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Shares `(n, C)` of classes among the neighbours of features `(n, D)`."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             return spread_classes(self._model.predict_proba(features), self._model.classes_, self.num_classes)
 
     def _choose(

@@ -123,7 +123,7 @@ def _zero_shot(model: PreTrainedModel, setup: EvaluationSetup, answers: Answers)
 
 
 def _linear_probe(setup: EvaluationSetup, answers: Answers) -> None:
-    from .linear_probe import fit_linear_probe, probe_scores
+    from .evaluation.linear_probe import fit_linear_probe, probe_scores
 
     labels = _labels(answers.train.labels[setup.label_column])
     known = [place for place, label in enumerate(labels) if label is not None]

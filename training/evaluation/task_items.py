@@ -77,7 +77,7 @@ def make_items(
             raise ValueError(f"{table.name}: holds embeddings of cases; use --level case.")
         table = replace(table, case_ids=list(table.ids))
     else:
-        table = replace(table, case_ids=_find_cases(table, labels, pattern))
+        table = replace(table, case_ids=find_cases(table, labels, pattern))
     return _by_slide(table, labels, task) if level == "slide" else _by_case(table, labels, task)
 
 
@@ -88,8 +88,17 @@ def _are_cases(table: EmbeddingTable, labels: LabelTable) -> bool:
     return bool(set(table.ids) & set(labels.case_ids)) and not set(table.ids) & set(labels.slide_ids)
 
 
-def _find_cases(table: EmbeddingTable, labels: LabelTable, pattern: "re.Pattern[str] | None") -> list[str]:
-    """The case of each slide: from the label file, the table of embeddings, or the slide's id by a rule."""
+def find_cases(table: EmbeddingTable, labels: LabelTable, pattern: "re.Pattern[str] | None" = None) -> list[str]:
+    """Finds the case of each slide: from the label file, the table of embeddings, or the slide's id by a rule.
+
+    Args:
+        table (`EmbeddingTable`): of slides.
+        labels (`LabelTable`): the label file.
+        pattern (`re.Pattern`, *optional*): see `case_rule`.
+
+    Raises:
+        ValueError: naming the slides of which the case is not known, or which have two.
+    """
     told = dict(zip(labels.slide_ids, labels.case_ids, strict=True)) if labels.slide_ids and labels.case_ids else {}
     listed = set(labels.slide_ids)
     found, unknown, wrong = [], [], []

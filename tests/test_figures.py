@@ -34,8 +34,8 @@ REAL_SLIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "slides" 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved, to ask matplotlib what is in them."""
-    kept, save = [], figures._save_figure
-    monkeypatch.setattr(figures, "_save_figure", lambda figure, path: (kept.append(figure), save(figure, path)))
+    kept, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: (kept.append(figure), save(figure, path)))
     return kept
 
 

@@ -15,7 +15,7 @@ from .embedding_table import EmbeddingTable
 from .fold_files import match_folds, read_fold_files
 from .label_table import LabelTable, TaskLabels
 from .methods import make_methods, smallest_class_size
-from .null_rows import SHUFFLED, chance_row, shuffle_labels, with_differences
+from .null_rows import chance_row, shuffled_row, with_differences
 from .protocol import MethodRun, evaluate_method
 from .scores import MAIN_METRIC
 from .sites import find_sites
@@ -203,23 +203,8 @@ def _rows(
             beside += [run.result for run in runs[1 : 1 + num_peers]]
             null += [run.result for run in runs[1 + num_peers :]]
             if protocol.with_shuffled:
-                null.append(_shuffled(method, tables[0], labels, folds, protocol, options))
+                null.append(shuffled_row(method, tables[0], labels, folds, protocol.seeds, **options))
     return [*ours, *beside, *null]
-
-
-def _shuffled(
-    method: Any,
-    table: EmbeddingTable,
-    labels: TaskLabels,
-    folds: Sequence[Fold],
-    protocol: Protocol,
-    options: dict[str, Any],
-) -> MethodResult:
-    """The method with answers dealt out anew among cases; they are also those that it is scored by."""
-    dealt = shuffle_labels(labels, table.case_ids, seed=protocol.seeds[0])
-    return evaluate_method(
-        method, table, dealt, folds, protocol.seeds, encoder=SHUFFLED, is_null=True, **options
-    ).result
 
 
 def _describe(

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from .linear_probe import make_probe, spread_classes
+from .one_thread import one_thread
 from .prototypes import Prototypes
 
 SHOTS = (1, 2, 4, 8, 16, 32)
 HEADS = ("prototypes", "linear")
-NUM_EPISODES = 20
+NUM_EPISODES = 10
 
 
 class FewShot:
@@ -27,7 +27,7 @@ class FewShot:
         num_classes (`int`): C.
         shots (`int`): k.
         head (`str`): "prototypes" or "linear".
-        num_episodes (`int`, defaults to 20): draws for each fold and seed.
+        num_episodes (`int`, defaults to 10): draws for each fold and seed.
 
     Attributes:
         settings (`dict`): `cases_per_class`, the smallest and the largest that was drawn.
@@ -58,7 +58,7 @@ class FewShot:
         if self.head == "prototypes":
             self._model = Prototypes(self.num_classes).fit(features[chosen], targets[chosen], case_ids, seed)
         else:
-            with threadpool_limits(limits=1):
+            with one_thread():
                 self._model = make_probe(1.0).fit(features[chosen], targets[chosen])
         return self
 
@@ -66,5 +66,5 @@ class FewShot:
         """Probabilities `(n, C)` of features `(n, D)`."""
         if self.head == "prototypes":
             return self._model.predict(features)
-        with threadpool_limits(limits=1):
+        with one_thread():
             return spread_classes(self._model.predict_proba(features), self._model.classes_, self.num_classes)

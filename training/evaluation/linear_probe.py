@@ -13,9 +13,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from .case_folds import inner_splits
+from .one_thread import one_thread
 
 logger = logging.getLogger(__name__)
 INVERSE_REGULARISATIONS = tuple(10.0**power for power in range(-4, 3))
@@ -56,7 +56,7 @@ class LinearProbe:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Probabilities `(n, C)` of features `(n, D)`."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             return spread_classes(self._probe.predict_proba(features), self._probe.classes_, self.num_classes)
 
 
@@ -91,7 +91,7 @@ def fit_linear_probe(
     if len(present) < 2:
         raise ValueError(f"A linear probe needs training slides of at least two classes, found {present}.")
     # One thread: more only get into each other's way at such sizes, and add up in another order from run to run.
-    with threadpool_limits(limits=1):
+    with one_thread():
         strength = _choose_strength(embeddings, np.asarray(labels), case_ids, seed, is_validation)
         return make_probe(strength).fit(embeddings, labels), strength
 

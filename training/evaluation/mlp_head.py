@@ -12,10 +12,10 @@ import numpy as np
 from sklearn.metrics import log_loss
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from .case_folds import inner_splits
 from .linear_probe import spread_classes
+from .one_thread import one_thread
 
 MAX_EPOCHS = 200
 PATIENCE = 15
@@ -64,7 +64,7 @@ class MlpHead:
         chosen = held[np.isin(targets[held], classes)] if held is not None else np.zeros(0, dtype=np.int64)
         unknown = self._scaler.transform(features[chosen]) if len(chosen) else None
         best, best_loss, best_epoch = model, np.inf, 0
-        with threadpool_limits(limits=1):
+        with one_thread():
             for epoch in range(1, MAX_EPOCHS + 1):
                 drawn = random.choice(len(right), size=len(right), p=weights / weights.sum())
                 model.partial_fit(known[drawn], right[drawn], classes=classes)
@@ -84,6 +84,6 @@ class MlpHead:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Probabilities `(n, C)` of features `(n, D)`."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             found = self._model.predict_proba(self._scaler.transform(features))
         return spread_classes(found, self._model.classes_, self.num_classes)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from sklearn.metrics import balanced_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from .case_folds import inner_splits
 from .linear_probe import spread_classes
+from .one_thread import one_thread
 
 NUM_NEIGHBOURS = (1, 3, 5, 10, 20, 50)
 
@@ -52,7 +52,7 @@ class NearestNeighbours:
         is_validation: np.ndarray | None = None,
     ) -> "NearestNeighbours":
         """Keeps features `(n, D)` and classes `(n,)`, int, after choosing k."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             chosen = self.num_neighbours or self._choose(features, targets, case_ids, seed, is_validation)
             chosen = min(chosen, len(targets))
             self._model = _neighbours(chosen).fit(features, targets)
@@ -61,7 +61,7 @@ class NearestNeighbours:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Shares `(n, C)` of classes among the neighbours of features `(n, D)`."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             return spread_classes(self._model.predict_proba(features), self._model.classes_, self.num_classes)
 
     def _choose(
@@ -72,17 +72,25 @@ class NearestNeighbours:
         seed: int,
         is_validation: np.ndarray | None,
     ) -> int:
-        splits = list(inner_splits(targets, case_ids, seed, is_validation))
-        if not splits:
+        said: dict[int, list[np.ndarray]] = {}
+        right = []
+        for fitted, held in inner_splits(targets, case_ids, seed, is_validation):
+            counts = [count for count in NUM_NEIGHBOURS if count <= len(fitted)]
+            scaler = StandardScaler().fit(features[fitted])
+            index = NearestNeighbors(n_neighbors=counts[-1], metric="cosine", algorithm="brute")
+            index.fit(scaler.transform(features[fitted]))
+            # Neighbours are ranked once for all k.
+            nearest = index.kneighbors(scaler.transform(features[held]), return_distance=False)
+            votes = (targets[fitted][nearest][:, :, None] == np.arange(self.num_classes)).cumsum(axis=1)
+            for count in counts:
+                said.setdefault(count, []).append(votes[:, count - 1].argmax(axis=1))
+            right.append(targets[held])
+        everywhere = [count for count, parts in said.items() if len(parts) == len(right)]
+        if not everywhere:
             return 1
-        most = min(len(fitted) for fitted, _ in splits)
-        best, best_score = 1, -1.0
-        for count in (count for count in NUM_NEIGHBOURS if count <= most):
-            predicted = [_neighbours(count).fit(features[a], targets[a]).predict(features[b]) for a, b in splits]
-            score = balanced_accuracy_score(np.concatenate([targets[b] for _, b in splits]), np.concatenate(predicted))
-            if score >= best_score:
-                best, best_score = count, score
-        return best
+        truth = np.concatenate(right)
+        scores = {count: balanced_accuracy_score(truth, np.concatenate(said[count])) for count in everywhere}
+        return max(everywhere, key=lambda count: (scores[count], count))
 
 
 def _neighbours(count: int) -> Pipeline:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import sklearn
 
 from .case_bootstrap import draw_cases, percentile_interval, score_samples
 from .case_folds import Fold, strata_of
 from .embedding_table import EmbeddingTable
 from .label_table import TaskLabels
+from .one_thread import one_thread
 from .scores import classification_scores, multilabel_scores, regression_scores, survival_scores
 from .task_result import MethodResult, Score
 from .weighted_scores import weighted_classification, weighted_multilabel
@@ -160,8 +162,10 @@ def predict_folds(
                 case_ids = [table.case_ids[row] for row in fitted]
                 fit_seed = int(np.random.SeedSequence([seed, place, episode]).generate_state(1)[0] & 0x7FFFFFFF)
                 head = copy.deepcopy(method)
-                head.fit(table.features[fitted], labels.targets[fitted], case_ids, fit_seed, **options)
-                found = np.asarray(head.predict(table.features[fold.test]), dtype=np.float64)
+                # Features were checked when they were read, and looking again would take as long as a small fit.
+                with sklearn.config_context(assume_finite=True, skip_parameter_validation=True), one_thread():
+                    head.fit(table.features[fitted], labels.targets[fitted], case_ids, fit_seed, **options)
+                    found = np.asarray(head.predict(table.features[fold.test]), dtype=np.float64)
                 _check_predictions(method.name, labels, found, len(fold.test))
                 rows.append(fold.test)
                 names += [fold.name] * len(fold.test)

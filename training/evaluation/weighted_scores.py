@@ -32,10 +32,9 @@ def weighted_classification(
     scores = _confusion_scores(references, predicted, weights, num_classes, is_ordered=is_ordered)
     scores["calibration_error"] = _calibration_error(predicted == references, probabilities.max(axis=1), weights)
     columns = [1] if num_classes == 2 else range(num_classes)
-    areas = {c: _area_under_roc(references == c, probabilities[:, c], weights) for c in columns}
-    precisions = [_average_precision(references == c, probabilities[:, c], weights) for c in columns]
-    scores |= {"auroc": _mean(areas.values()), "auprc": _mean(precisions)}
-    return scores | ({f"auroc/{c}": area for c, area in areas.items()} if num_classes > 2 else {})
+    areas = {c: _areas(references == c, probabilities[:, c], weights) for c in columns}
+    scores |= {name: _mean([area[name] for area in areas.values()]) for name in ("auroc", "auprc")}
+    return scores | ({f"auroc/{c}": area["auroc"] for c, area in areas.items()} if num_classes > 2 else {})
 
 
 def weighted_multilabel(
@@ -52,23 +51,19 @@ def weighted_multilabel(
         `dict`: score -> float64 `(B,)`, NaN where a sample leaves it undefined.
     """
     weights = weights.astype(np.float64)
-    details = {}
-    for name, score in (("auroc", _area_under_roc), ("auprc", _average_precision)):
-        for label, truth in enumerate(references.T):
-            known = ~np.isnan(truth)
-            found = score(truth[known] > 0, probabilities[known, label], weights[:, known])
-            details[f"{name}/{label}"] = found
-    means = {
-        name: _mean([found for key, found in details.items() if key.startswith(name)]) for name in ("auroc", "auprc")
-    }
-    return means | details
+    areas = []
+    for label, truth in enumerate(references.T):
+        known = ~np.isnan(truth)
+        areas.append(_areas(truth[known] > 0, probabilities[known, label], weights[:, known]))
+    means = {name: _mean([area[name] for area in areas]) for name in ("auroc", "auprc")}
+    return means | {f"{name}/{label}": area[name] for label, area in enumerate(areas) for name in means}
 
 
-def _mean(columns: "list[np.ndarray] | dict[int, np.ndarray]") -> np.ndarray:
+def _mean(columns: list[np.ndarray]) -> np.ndarray:
     """Mean over the columns that a sample defines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a sample that defines none
-        return np.nanmean(np.stack(list(columns)), axis=0)
+        return np.nanmean(np.stack(columns), axis=0)
 
 
 def _confusion_scores(
@@ -102,35 +97,26 @@ def _calibration_error(is_right: np.ndarray, confidence: np.ndarray, weights: np
     return np.abs(gaps).sum(axis=1) / weights.sum(axis=1)
 
 
-def _area_under_roc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """How often an item of the class scores higher than one of the rest; ties count half."""
-    positive, negative = _by_score(truth, scores, weights, descending=False)
-    below = negative.cumsum(axis=1) - negative
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (positive * (below + negative / 2)).sum(axis=1) / pairs
-
-
-def _average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    positive, negative = _by_score(truth, scores, weights, descending=True)
-    found = positive.cumsum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.nan_to_num(found / (found + negative.cumsum(axis=1)))
-        area = (positive * precision).sum(axis=1) / found[:, -1]
-    # As for AUROC, nothing is said where one class is missing.
-    area[(positive.sum(axis=1) == 0) | (negative.sum(axis=1) == 0)] = np.nan
-    return area
-
-
-def _by_score(
-    truth: np.ndarray, scores: np.ndarray, weights: np.ndarray, *, descending: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the class and of the rest for each different score, in order: two arrays `(B, scores)`."""
+def _areas(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """`auroc`, how often an item of the class scores higher than one of the rest, ties half; `auprc`, the average
+    precision. NaN where one of both is missing.
+    """
     if not len(scores):
-        empty = np.zeros((len(weights), 1))
-        return empty, empty
-    order = np.argsort(-scores if descending else scores, kind="stable")
+        return dict.fromkeys(("auroc", "auprc"), np.full(len(weights), np.nan))
+    order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
-    sorted_weights, is_positive = weights[:, order], truth[order]
-    both = (sorted_weights * is_positive, sorted_weights * ~is_positive)
-    return tuple(np.add.reduceat(part, starts, axis=1) for part in both)
+    every = weights[:, order]
+    positive = every * truth[order]
+    if len(starts) < len(order):
+        positive, every = (np.add.reduceat(part, starts, axis=1) for part in (positive, every))
+    found, passed = positive.cumsum(axis=1), every.cumsum(axis=1)
+    num_positive, num_all = found[:, -1], passed[:, -1]
+    num_negative = num_all - num_positive
+    negative = every - positive
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Negatives that score lower: all but those met so far.
+        below = num_negative[:, None] - (passed - found)
+        area = (positive * (below + negative / 2)).sum(axis=1) / (num_positive * num_negative)
+        precision = (positive * np.nan_to_num(found / passed)).sum(axis=1) / num_positive
+    precision[(num_positive == 0) | (num_negative == 0)] = np.nan
+    return {"auroc": area, "auprc": precision}

@@ -13,6 +13,8 @@ from .linear_probe import LinearProbe
 from .mlp_head import MlpHead
 from .neighbours import NearestNeighbours
 from .prototypes import Prototypes
+from .regression import RidgeHead
+from .survival import CoxHead
 
 # Method of classes -> its objects for C classes.
 _CLASSIFIERS: dict[str, Callable[[int], list[Any]]] = {
@@ -31,6 +33,8 @@ METHODS: dict[str, dict[str, Callable[[TaskLabels], list[Any]]]] = {
         for name, make in _CLASSIFIERS.items()
         if name != "few_shot"
     },
+    "regression": {"ridge": lambda labels: [RidgeHead()]},
+    "survival": {"cox": lambda labels: [CoxHead()]},
 }
 DEFAULT_METHODS = {
     "classification": ("linear_probe", "knn", "prototypes"),

@@ -178,6 +178,17 @@ def test_contradictions_are_refused_by_name(tmp_path):
             case_rule(wrong)
 
 
+def test_a_label_that_one_slide_leaves_open_another_may_tell(tmp_path):
+    table = make_table("slides", ["s1", "s2", "s3"], ["a", "a", "b"], FEATURES[:3])
+    labels = labels_of(tmp_path, "case_id,slide_id,TP53,EGFR\na,s1,1,\na,s2,,0\nb,s3,,1\n")
+    items, task, _ = make_items(table, labels, only(labels, "TP53", "EGFR"), level="case")
+    assert items.ids == ["a", "b"]
+    np.testing.assert_equal(task.targets, [[1, 0], [np.nan, 1]])
+    torn = labels_of(tmp_path, "case_id,slide_id,TP53,EGFR\na,s1,1,\na,s2,0,0\nb,s3,,1\n")
+    with pytest.raises(ValueError, match=r"a case must have one answer.*Found 1: a:"):
+        make_items(table, torn, only(torn, "TP53", "EGFR"), level="case")
+
+
 def test_sites_come_from_barcodes_or_a_column(tmp_path):
     table = make_table("slides", SLIDES, [slide[:12] for slide in SLIDES], FEATURES)
     labels = labels_of(

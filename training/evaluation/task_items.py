@@ -104,7 +104,7 @@ def find_cases(table: EmbeddingTable, labels: LabelTable, pattern: "re.Pattern[s
     found, unknown, wrong = [], [], []
     for id_, own in zip(table.ids, table.case_ids, strict=True):
         case_id = told.get(id_) or own
-        if told.get(id_) and own and own != told[id_] and own != id_:
+        if told.get(id_) and own and own != told[id_]:
             wrong.append(f"{id_}: {own} and {told[id_]}")
         if not case_id and pattern is not None:
             match = pattern.match(id_)

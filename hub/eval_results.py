@@ -2,8 +2,8 @@
 """Results of `dre-slcl evaluate` -> a model's card: `model-index`, `.eval_results/*.yaml`, and a table to read.
 
 `model-index` stands in the front matter of README.md (huggingface_hub: `EvalResult`), an entry for each task; the
-newer `.eval_results/<task>.yaml` holds an entry for each method (`EvalResultEntry`), which the Hub shows on the page of
-the model and on the leaderboard of the dataset. What stood there of the same task is replaced, all else is kept.
+newer `.eval_results/<task>.yaml` holds an entry for each method (`EvalResultEntry`), which the Hub shows on the page
+of the model and on the leaderboard of the dataset. What stood there of the same task is replaced, all else is kept.
 
 Source of the formats: https://huggingface.co/docs/hub/eval-results and https://huggingface.co/docs/hub/model-cards.
 """

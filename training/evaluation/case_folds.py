@@ -5,6 +5,7 @@ Letters: n items.
 """
 
 import logging
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,9 @@ def _split(strata: np.ndarray, groups: np.ndarray, num_folds: int, seed: int, *,
     for trial in range(trials):
         state = seed if trial == 0 else int(np.random.SeedSequence([seed, trial]).generate_state(1)[0])
         folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=state)
-        parts = [test for _, test in folds.split(np.zeros(len(strata)), strata, groups)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class")  # of which `make_folds` tells
+            parts = [test for _, test in folds.split(np.zeros(len(strata)), strata, groups)]
         gap = np.inf if any(not len(part) for part in parts) else _gap(strata, parts)
         if gap < best_gap or not best:
             best, best_gap = parts, gap

@@ -118,6 +118,9 @@ def _of_table(path: Path, table: "pa.Table | dict[str, list[Any]]", column: str 
         raise ValueError(f"{path}: has columns {names[:20]}; expected `slide_id` or `case_id` among them.")
     ids = text_column(id_name, cells(id_name))
     case_ids = text_column(keys["case_id"], cells(keys["case_id"])) if keys["case_id"] else [""] * len(ids)
+    if keys["slide_id"]:
+        # A slide stands for its case where a manifest named none, which says nothing of cases.
+        case_ids = ["" if case_id == id_ else case_id for id_, case_id in zip(ids, case_ids, strict=True)]
     vectors = _text_vectors(path, table, column) if is_text else _arrow_vectors(path, table, column)
     reasons = cells("reason") if "reason" in names else [None] * len(ids)
     kept = [row for row, vector in enumerate(vectors) if vector is not None]

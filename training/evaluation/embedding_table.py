@@ -110,10 +110,10 @@ def make_table(
             "cannot be compared."
         )
     kept, skipped = [], list(left_out)
-    features = np.asarray(vectors, dtype=np.float64).reshape(len(names), -1)
+    features = np.asarray(vectors, dtype=np.float64).reshape(len(names), max(widths, default=0))
     with np.errstate(over="ignore"):
         features = features.astype(np.float32)
-    is_finite = np.isfinite(features).all(axis=1) if len(features) else np.zeros(0, bool)
+    is_finite = np.isfinite(features).all(axis=1)
     for row, text in enumerate(names):
         if is_finite[row]:
             kept.append(row)

@@ -104,7 +104,7 @@ def find_cases(table: EmbeddingTable, labels: LabelTable, pattern: "re.Pattern[s
     found, unknown, wrong = [], [], []
     for id_, own in zip(table.ids, table.case_ids, strict=True):
         case_id = told.get(id_) or own
-        if told.get(id_) and own and own != told[id_] and own != id_:
+        if told.get(id_) and own and own != told[id_]:
             wrong.append(f"{id_}: {own} and {told[id_]}")
         if not case_id and pattern is not None:
             match = pattern.match(id_)
@@ -122,15 +122,15 @@ def find_cases(table: EmbeddingTable, labels: LabelTable, pattern: "re.Pattern[s
 
 
 def _by_slide(table: EmbeddingTable, labels: LabelTable, task: TaskLabels) -> tuple[EmbeddingTable, TaskLabels, str]:
+    known = set(table.ids if labels.slide_ids else table.case_ids)
     if labels.slide_ids:
         row_of = {slide_id: row for row, slide_id in enumerate(labels.slide_ids)}
-        rows = [row_of.get(id_) for id_ in table.ids]
-        missing = [(id_, "slide") for id_ in _labelled(labels.slide_ids, task) if id_ not in set(table.ids)]
+        rows, answers = [row_of.get(id_) for id_ in table.ids], task
+        named = [id_ for id_, is_known in zip(labels.slide_ids, task.is_known, strict=True) if is_known]
     else:
-        answers, _ = _answers_of_cases(labels.case_ids, task, labels.path)
-        rows = [answers.get(case_id) for case_id in table.case_ids]
-        missing = [(id_, "case") for id_ in answers if id_ not in set(table.case_ids)]
-    return (*_keep(table, task, rows, missing), "slide")
+        row_of, answers = _answers_of_cases(labels.case_ids, task, labels.path)
+        rows, named = [row_of.get(case_id) for case_id in table.case_ids], list(row_of)
+    return (*_keep(table, answers, rows, [id_ for id_ in named if id_ not in known]), "slide")
 
 
 def _by_case(table: EmbeddingTable, labels: LabelTable, task: TaskLabels) -> tuple[EmbeddingTable, TaskLabels, str]:
@@ -138,40 +138,43 @@ def _by_case(table: EmbeddingTable, labels: LabelTable, task: TaskLabels) -> tup
     if not case_ids:
         case_of = dict(zip(table.ids, table.case_ids, strict=True))
         case_ids = [case_of.get(slide_id, "") for slide_id in labels.slide_ids]
-    answers, named = _answers_of_cases(case_ids, task, labels.path)
-    if labels.slide_ids and not set(table.ids) <= set(table.case_ids):
+    row_of, answers = _answers_of_cases(case_ids, task, labels.path)
+    listed = set(labels.slide_ids)
+    unlisted = [id_ for id_ in table.ids if id_ not in listed]
+    if listed and len(unlisted) < len(table):
         # A slide that the label file does not name is no part of its case.
-        kept = [row for row, id_ in enumerate(table.ids) if id_ in set(labels.slide_ids)]
-        if kept:
-            unlisted = [id_ for id_ in table.ids if id_ not in set(labels.slide_ids)]
-            notes = [_note(id_, "no_label", "the label file does not name this slide") for id_ in unlisted]
-            table = replace(table.take(kept), left_out=[*table.left_out, *notes])
+        notes = [_note(id_, "no_label", "the label file does not name this slide") for id_ in unlisted]
+        kept = [row for row, id_ in enumerate(table.ids) if id_ in listed]
+        table = replace(table.take(kept), left_out=[*table.left_out, *notes])
     table = mean_by_case(table)
-    rows = [answers.get(case_id) for case_id in table.case_ids]
-    missing = [(id_, "case") for id_ in named if id_ not in set(table.case_ids)]
-    return (*_keep(table, task, rows, missing), "case")
+    known = set(table.case_ids)
+    rows = [row_of.get(case_id) for case_id in table.case_ids]
+    return (*_keep(table, answers, rows, [case_id for case_id in row_of if case_id not in known]), "case")
 
 
-def _labelled(ids: Sequence[str], task: TaskLabels) -> list[str]:
-    return [id_ for id_, is_known in zip(ids, task.is_known, strict=True) if is_known]
-
-
-def _answers_of_cases(case_ids: Sequence[str], task: TaskLabels, path: str) -> tuple[dict[str, int], list[str]]:
-    """A row with the answer of each case that has one, and the names of these cases."""
+def _answers_of_cases(case_ids: Sequence[str], task: TaskLabels, path: str) -> tuple[dict[str, int], TaskLabels]:
+    """The row of each case that has an answer, and these answers, a row per case."""
     rows: dict[str, list[int]] = defaultdict(list)
     for row in np.flatnonzero(task.is_known):
         if case_ids[row]:
             rows[case_ids[row]].append(int(row))
-    wrong = []
+    wrong, answers = [], []
     for case_id, places in rows.items():
-        answers = {task.targets[place].tobytes() for place in places}
-        if len(answers) > 1:
-            told = sorted({_tell(task, place) for place in places})
-            wrong.append(f"{case_id}: {' and '.join(told)}")
+        told = task.targets[places]
+        answer = told[0]
+        if task.kind == "multilabel":  # what one slide leaves open another may tell
+            answer = np.where(np.isnan(told).all(axis=0), np.nan, np.nan_to_num(told, nan=-1).max(axis=0))
+            is_one = bool(((told == answer) | np.isnan(told)).all())
+        else:
+            is_one = all(one.tobytes() == answer.tobytes() for one in told)
+        if not is_one:
+            wrong.append(f"{case_id}: {' and '.join(sorted({_tell(task, place) for place in places}))}")
+        answers.append(answer)
     raise_offenders(
         f"{path}: a case must have one answer in task {task.task}; mend the labels or use --level slide", wrong
     )
-    return {case_id: places[0] for case_id, places in rows.items()}, list(rows)
+    merged = np.array(answers, dtype=task.targets.dtype).reshape(len(answers), *task.targets.shape[1:])
+    return {case_id: place for place, case_id in enumerate(rows)}, replace(task, targets=merged)
 
 
 def _tell(task: TaskLabels, row: int) -> str:
@@ -180,7 +183,7 @@ def _tell(task: TaskLabels, row: int) -> str:
 
 
 def _keep(
-    table: EmbeddingTable, task: TaskLabels, rows: Sequence[int | None], missing: Sequence[tuple[str, str]]
+    table: EmbeddingTable, task: TaskLabels, rows: Sequence[int | None], missing: Sequence[str]
 ) -> tuple[EmbeddingTable, TaskLabels]:
     """The items with a label, in the order of their ids, so that the order of files does not matter."""
     kept = [place for place, row in enumerate(rows) if row is not None and task.is_known[row]]
@@ -193,11 +196,7 @@ def _keep(
     refused = {item["id"] for item in table.left_out}
     unlabelled = sorted(set(range(len(table))) - set(kept))
     notes = [_note(table.ids[place], "no_label", "has no label in this task") for place in unlabelled]
-    notes += [
-        _note(id_, "no_embedding", f"this {what} has a label, but no embedding")
-        for id_, what in missing
-        if id_ not in refused
-    ]
+    notes += [_note(id_, "no_embedding", "has a label, but no embedding") for id_ in missing if id_ not in refused]
     items = replace(table.take(kept), left_out=[*table.left_out, *notes])
     for reason in sorted({item["reason"] for item in items.left_out}):
         of_reason = [item["id"] for item in items.left_out if item["reason"] == reason]

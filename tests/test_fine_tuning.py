@@ -48,7 +48,7 @@ def stored(model, tmp_path_factory):
     for slide, is_one in enumerate(classes.tolist()):
         tiles = model.codebook[torch.randint(len(model.codebook), (NUM_TILES,), generator=random)].float()
         tiles = F.normalize(tiles, dim=-1) + 0.3 * torch.randn(tiles.shape, generator=random)
-        tiles = F.normalize(tiles + 0.35 * is_one * direction, dim=-1)
+        tiles = F.normalize(tiles + 0.6 * is_one * direction, dim=-1)
         path = folder / f"s{slide:02}.safetensors"
         tensors = {"tile_features": tiles, "tile_xy": torch.zeros(NUM_TILES, 2, dtype=torch.int32)}
         save_file(tensors, path, metadata={"slide_id": path.stem})

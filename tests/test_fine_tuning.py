@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning on stored tile features: what it sees is what the model sees, and it learns what a probe cannot."""
 
+import argparse
+import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from dre_slcl.training.evaluation.case_folds import make_folds
+from dre_slcl.training.evaluation.evaluate_command import add_arguments, run
 from dre_slcl.training.evaluation.fine_tuning import (
     FineTuning,
     evaluate_fine_tuning,
@@ -134,6 +139,27 @@ def test_fine_tuning_stands_beside_random_weights_shuffled_labels_and_chance(mod
     assert values[0] > 0.9
     assert abs(values[2] - 0.5) < 0.3
     assert result.num_items == NUM_SLIDES
+
+
+def test_the_command_fine_tunes_beside_its_null_rows(model, stored, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    ids = [f"s{slide:02}" for slide in range(NUM_SLIDES)]
+    cases = [f"case{slide // 2}" for slide in range(NUM_SLIDES)]
+    columns = {"slide_id": ids, "case_id": cases, "slide_embedding": np.ones((NUM_SLIDES, 4)).tolist()}
+    pq.write_table(pa.table(columns), tmp_path / "slides.parquet")
+    rows = [f"{id_},{case},{'tumor' if c else 'normal'}\n" for id_, case, c in zip(ids, cases, stored[2], strict=True)]
+    (tmp_path / "labels.csv").write_text("slide_id,case_id,kind\n" + "".join(rows))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--embeddings", tmp_path / "slides.parquet", "--labels", tmp_path / "labels.csv", "--task", "kind"]
+    words += ["--methods", "fine_tuning", "--model", tmp_path / "model", "--tile-features", stored[0], "--folds", 3]
+    words += ["--seeds", 0, "--num-bootstrap", 20, "--out", tmp_path / "out"]
+    assert run(parser.parse_args(list(map(str, words)))) == 3  # one file is torn
+    assert "| fine_tuning | random weights (null) |" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["task"] == "kind, fine-tuning"
+    assert result["rows"][0]["scores"]["auroc"]["value"] > 0.9
+    assert result["protocol"]["left_out"][0]["id"] == "torn"
 
 
 def test_random_weights_are_others_with_the_same_codebook(model):

@@ -70,7 +70,8 @@ def _add_protocol(group: "argparse._ArgumentGroup") -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="linear_probe, knn, prototypes, few_shot, mlp; ridge; cox; slide_retrieval; zero_shot, with --model "
+        help="linear_probe, knn, prototypes, few_shot, mlp; ridge; cox; slide_retrieval; with --model zero_shot, "
+        "fine_tuning "
         "(default: the quick ones of the kind)",
     )
     folds = group.add_mutually_exclusive_group()
@@ -93,6 +94,9 @@ def _add_protocol(group: "argparse._ArgumentGroup") -> None:
 
 def _add_model(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--model", metavar="DIR|REPO", help="the trained model")
+    group.add_argument(
+        "--tile-features", metavar="DIR", help="for fine_tuning (default: those of `dre-slcl embed` in --embeddings)"
+    )
     group.add_argument("--dataset", metavar="DIR|REPO", help="slide dataset, from `dre-slcl tiles`")
     group.add_argument("--split", default="test", help="held-out split (%(default)s)")
     group.add_argument("--train-split", default="train", help="for probe and baseline; '' for neither (%(default)s)")

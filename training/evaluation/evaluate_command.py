@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Reasons for which an item is left out although nothing is wrong with its embedding.
 _HARMLESS = ("no_label",)
 # Methods that are no heads on features, but tasks of their own.
-_OTHER_METHODS = ("slide_retrieval", "zero_shot")
+_OTHER_METHODS = ("slide_retrieval", "zero_shot", "fine_tuning")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +75,8 @@ def _wrong_usage(args: argparse.Namespace) -> str | None:
         return "--embeddings need --labels, the table with the right answers."
     if not has_task and not args.reports:
         return "Name the label column with --task, or for survival --time and --event."
-    if args.model is None and (args.reports or "zero_shot" in (args.methods or ())):
-        return "zero_shot and --reports need --model, which made the embeddings and reads the texts."
+    if args.model is None and (args.reports or {"zero_shot", "fine_tuning"} & set(args.methods or ())):
+        return "zero_shot and --reports need --model, which made the embeddings, and so does fine_tuning."
     named = [text for text in (*args.baseline, *args.peer) if not all(text.partition("=")[::2])]
     if named:
         return f"--baseline and --peer take NAME=PATH, found {named[0]!r}."
@@ -134,6 +134,8 @@ def _label_tasks(args: argparse.Namespace, protocol: "Protocol") -> "list[TaskRe
             results.append(_slide_retrieval(prepared, protocol))
         if "zero_shot" in extra:
             results.append(_zero_shot(args, labels, task, protocol))
+        if "fine_tuning" in extra:
+            results.append(_fine_tuning(args, labels, task, protocol))
     return results
 
 
@@ -177,6 +179,23 @@ def _zero_shot(
         num_bootstrap=protocol.num_bootstrap,
     )
     return replace(result, protocol={**result.protocol, "left_out": prepared.tables[0].left_out})
+
+
+def _fine_tuning(
+    args: argparse.Namespace, labels: "LabelTable", task: "TaskLabels", protocol: "Protocol"
+) -> "TaskResult":
+    from modeling_dre_slcl import DreSlclModel
+
+    from .evaluate_task import prepare_task
+    from .fine_tuning import evaluate_fine_tuning, residual_table
+
+    # `dre-slcl embed --tile-features` writes them there.
+    folder = args.tile_features or Path(args.embeddings) / "embeddings"
+    model = DreSlclModel.from_pretrained(args.model).eval()
+    prepared = prepare_task(residual_table(model, folder, name=args.name), labels, task, protocol)
+    options = {"seeds": protocol.seeds, "num_bootstrap": protocol.num_bootstrap}
+    result = evaluate_fine_tuning(model, prepared.tables[0], prepared.labels, prepared.folds, **options)
+    return replace(result, protocol={**result.protocol, "folds_from": prepared.folds_from})
 
 
 def _report_tasks(args: argparse.Namespace, protocol: "Protocol") -> "list[TaskResult]":

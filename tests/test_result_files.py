@@ -108,6 +108,9 @@ def test_tables_begin_with_the_main_score_and_end_with_null_rows(written):
     header, rows = result_table(results[0])
     assert header[:3] == ["method", "embeddings", "AUROC"]
     assert rows[-1][:2] == ["chance", "chance (null)"]
+    # The null rows of a method stand below it.
+    encoders = ["slides", "peer", "random weights (null)", "shuffled labels (null)"]
+    assert [row[:2] for row in rows[:8]] == [[method, name] for method in ("linear_probe", "knn") for name in encoders]
     first = results[0].rows[0].scores["auroc"]
     assert rows[0][2] == f"{first.value:.3f} [{first.interval[0]:.3f}, {first.interval[1]:.3f}]"
     header, _ = result_table(results[0], detailed=True)

@@ -129,7 +129,7 @@ def draw_forest(result: TaskResult, out_path: Path) -> bool:
             axes.plot([score.value], [place], marker, color=colour, markersize=5 if row.is_null else 6.5)
             axes.annotate(
                 score_text(score), (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center",
-                color=colour if row.is_null else "#222222",
+                color=_GREY if row.is_null else "#222222",
             )  # fmt: skip
             ticks.append(place)
             names.append(f"{method}, {row.encoder}")
@@ -143,7 +143,7 @@ def draw_forest(result: TaskResult, out_path: Path) -> bool:
             textcoords="offset points", fontsize=8, color=_GREY, ha="center",
         )  # fmt: skip
     axes.set_yticks(ticks, names, fontsize=8.5)
-    axes.set_ylim(place - 0.2, -0.8)
+    axes.set_ylim(ticks[-1] + 0.8, -0.8)
     better = ", lower is better" if is_lower_better(metric) else ""
     axes.set_xlabel(f"{result.task}: {score_title(metric, result)}{better}")
     tidy_axes(axes)

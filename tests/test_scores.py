@@ -167,3 +167,20 @@ def test_chance_is_what_saying_the_frequencies_of_every_item_scores():
 def test_scores_are_imported_without_the_seconds_that_evaluate_takes():
     code = "import sys; import dre_slcl.training.evaluation.scores; print('evaluate' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_risks_of_different_models_are_compared_within_their_group_only():
+    rng = np.random.default_rng(0)
+    times, events, groups = rng.exponential(size=60), rng.random(60) < 0.6, rng.choice(list("abc"), 60)
+    risks = np.round(rng.normal(size=60), 1) - times + 100 * (groups == "b")
+    pairs = [
+        (first, second)
+        for first in range(60)
+        for second in range(60)
+        if groups[first] == groups[second] and events[first] and times[first] < times[second]
+    ]
+    right = [np.sign(risks[first] - risks[second]) / 2 + 0.5 for first, second in pairs]
+    assert survival_scores(times, events, risks, groups=groups) == {"c_index": pytest.approx(np.mean(right))}
+    # Among all, the scale of a group's model counts as if it were its items' risk.
+    assert survival_scores(times, events, risks)["c_index"] < np.mean(right) - 0.05
+    assert survival_scores(times, events, risks, groups=[str(place) for place in range(60)]) == {}

@@ -111,7 +111,7 @@ def evaluate_method(
 ) -> MethodRun:
     """As `run_method`, and keeps the scores of every bootstrap sample."""
     held_out, chosen = predict_folds(method, table, labels, folds, seeds, progress=progress)
-    by_run = [score_predictions(labels, one.rows, one.predictions) for one in held_out]
+    by_run = [score_predictions(labels, one.rows, one.predictions, folds=one.folds) for one in held_out]
     names = [name for name in by_run[0] if all(name in scores for scores in by_run)]
     samples = _bootstrap(table, labels, held_out, names, num_bootstrap)
     scores = {}
@@ -196,7 +196,12 @@ def _check_predictions(name: str, labels: TaskLabels, found: np.ndarray, count: 
 
 
 def score_predictions(
-    labels: TaskLabels, rows: np.ndarray, predictions: np.ndarray, names: Collection[str] | None = None
+    labels: TaskLabels,
+    rows: np.ndarray,
+    predictions: np.ndarray,
+    names: Collection[str] | None = None,
+    *,
+    folds: Sequence[str] | np.ndarray | None = None,
 ) -> dict[str, float]:
     """Scores predictions of some items by the functions of `scores`.
 
@@ -205,6 +210,7 @@ def score_predictions(
         rows (`np.ndarray` of shape `(r,)`, int): the items predicted.
         predictions (`np.ndarray` of shape `(r, C)`, `(r, L)` or `(r,)`, float): of these.
         names (collection of `str`, *optional*): the scores wanted.
+        folds (sequence of `str`, *optional*): of these; risks, which have no common scale, are compared within a fold.
 
     Returns:
         `dict`: score -> value; what these items leave undefined is not there.
@@ -216,7 +222,7 @@ def score_predictions(
         return multilabel_scores(truth, predictions, names=names)
     if labels.kind == "regression":
         return regression_scores(truth, predictions, names=names)
-    return survival_scores(truth["time"], truth["event"], predictions, names=names)
+    return survival_scores(truth["time"], truth["event"], predictions, groups=folds, names=names)
 
 
 def bootstrap_strata(labels: TaskLabels) -> np.ndarray | None:
@@ -255,9 +261,12 @@ def _score_samples(
         return weighted_classification(truth, one.predictions, weights, is_ordered=labels.is_ordered)
     if labels.kind == "multilabel":
         return weighted_multilabel(truth, one.predictions, weights)
-    return score_samples(
-        lambda sample: score_predictions(labels, one.rows[sample], one.predictions[sample], names), weights
-    )
+    folds = np.asarray(one.folds)
+
+    def score(sample: np.ndarray) -> dict[str, float]:
+        return score_predictions(labels, one.rows[sample], one.predictions[sample], names, folds=folds[sample])
+
+    return score_samples(score, weights)
 
 
 def _scores_by_fold(labels: TaskLabels, held_out: Sequence[HeldOut]) -> list[dict[str, Any]]:

@@ -169,11 +169,18 @@ def test_the_precision_recall_curve_is_scikit_learns(drawn, tmp_path):
 def test_the_halves_of_risk_are_those_of_scikit_survival(drawn, tmp_path):
     nonparametric = pytest.importorskip("sksurv.nonparametric")
     result = make_result("survival")
-    draw_result(result, tmp_path)
-    figure = next(figure for name, figure in drawn.items() if name.endswith("-survival"))
     items = result.rows[0].predictions
     risks = np.array([item["prediction"] for item in items])
     high = risks > np.median(risks)
+    # The second half of each class of risks is from a fold with risks on another scale.
+    for is_half in (high, ~high):
+        for place in np.flatnonzero(is_half)[15:]:
+            items[place] |= {"fold": "1", "prediction": risks[place] + 100}
+    for fold in ("0", "1"):  # what is above the median of all is above that of its fold
+        values = [item["prediction"] for item in items if item["fold"] == fold]
+        assert sum(value > np.median(values) for value in values) == 15
+    draw_result(result, tmp_path)
+    figure = next(figure for name, figure in drawn.items() if name.endswith("-survival"))
     times = np.array([item["truth"]["time"] for item in items])
     events = np.array([item["truth"]["event"] for item in items])
     x, share = nonparametric.kaplan_meier_estimator(events[high], times[high])

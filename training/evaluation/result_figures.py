@@ -76,7 +76,7 @@ def draw_result(result: TaskResult, folder: Path, name: str | None = None) -> li
         keep(
             "survival",
             draw_kaplan_meier(main, result, path("survival")),
-            f"Kaplan-Meier curves of the held-out items, halved by the risk that {what} predicts{seed}.",
+            f"Kaplan-Meier curves of the held-out items, each fold halved by the risk that {what} predicts{seed}.",
         )
     if result.kind == "regression":
         keep("predictions", draw_scatter(main, result, path("predictions")), f"What {what} predicts{seed}.")
@@ -227,7 +227,7 @@ def _mark_whole_training(axes: Axes, result: TaskResult) -> None:
 
 
 def draw_kaplan_meier(row: MethodResult, result: TaskResult, out_path: Path) -> bool:
-    """Draws the survival of the items with the higher and with the lower half of risks.
+    """Draws the survival of the items with the higher and with the lower half of risks of their fold.
 
     Args:
         row (`MethodResult`): the row, of a survival task.
@@ -241,7 +241,11 @@ def draw_kaplan_meier(row: MethodResult, result: TaskResult, out_path: Path) -> 
     times = np.array([item["truth"]["time"] for item in items], dtype=float)
     events = np.array([item["truth"]["event"] for item in items], dtype=bool)
     risks = np.array([item["prediction"] for item in items], dtype=float)
-    is_high = risks > np.median(risks)
+    # Risks of different folds, each of a model of its own, have no common scale.
+    folds = np.array([item["fold"] for item in items])
+    is_high = np.zeros(len(items), dtype=bool)
+    for fold in np.unique(folds):
+        is_high[folds == fold] = risks[folds == fold] > np.median(risks[folds == fold])
     if not is_high.any() or is_high.all():
         return False
     estimate = import_survival("sksurv.nonparametric").kaplan_meier_estimator

@@ -8,6 +8,7 @@ of the model and on the leaderboard of the dataset. What stood there of the same
 Source of the formats: https://huggingface.co/docs/hub/eval-results and https://huggingface.co/docs/hub/model-cards.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from .check_export import RESULTS_FOLDER
 from .gather import PublishError
 from .model_card import NOT_STATED
 
+logger = logging.getLogger(__name__)
 _TASK_TYPES = {"classification": "image-classification", "multilabel": "image-classification"}
 _OTHER_TASK_TYPE = "image-feature-extraction"
 _SECTION_END = re.compile(r"<!-- end of [\w.-]+ -->")
@@ -71,7 +73,9 @@ def add_results(folder: str | Path, results: Sequence[Mapping[str, Any]], *, dat
     for result in shown:
         text = _with_section(text, result, dataset)
     write_text(folder / "README.md", text)
-    if dataset is not None:
+    if dataset is None:
+        logger.warning("No dataset is named that results are of, so there is no %s beside the card.", RESULTS_FOLDER)
+    else:
         for result in shown:
             entries = eval_result_entries_to_yaml(_benchmark_entries(result, dataset))
             content = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)

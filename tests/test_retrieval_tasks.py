@@ -102,17 +102,26 @@ def test_an_encoder_that_says_the_same_of_every_slide_gains_nothing_from_ties():
     assert same.score(np.arange(len(same.queries)))["acc@5"] == 0
 
 
-def test_slide_chance_is_near_the_mean_over_all_orders():
-    classes, cases = np.array([0, 0, 0, 1, 1, 1]), np.arange(6)
+@pytest.mark.parametrize("cases", [[0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4, 4]])
+def test_slide_chance_is_the_mean_over_all_orders(cases):
+    classes, cases = np.array([0, 0, 0, 1, 1, 1, 2]), np.array(cases)
     answers = []
-    for order in itertools.permutations(range(5)):  # the gallery of the first item
-        hits = np.array([True, True, False, False, False])[list(order)]
-        precision = hits.cumsum() / np.arange(1, 6)
-        answers.append([hits[0], hits[:3].any(), (precision * hits).sum() / 2])
-    expected = np.mean(answers, axis=0)
-    drawn = [slide_chance(classes, cases, seed=seed) for seed in range(30)]
-    for name, value in zip(("acc@1", "acc@3", "map@5"), expected, strict=True):
-        assert np.mean([one[name] for one in drawn]) == pytest.approx(value, abs=0.02)
+    for query in range(6):
+        gallery = [item for item in range(7) if cases[item] != cases[query]]
+        right = sum(classes[item] == classes[query] for item in gallery)
+        of_query = []
+        for order in itertools.permutations(gallery):
+            hits = np.array([classes[item] == classes[query] for item in order])
+            precision = (hits.cumsum() / np.arange(1, len(hits) + 1) * hits)[:5].sum() / min(5, right)
+            votes = Counter(classes[list(order[:5])].tolist())
+            winner = max(votes, key=lambda name: (votes[name], -list(classes[list(order)]).index(name)))
+            of_query.append([hits[0], hits[:3].any(), hits[:5].any(), precision, winner == classes[query]])
+        answers.append(np.mean(of_query, axis=0))
+    *expected, vote = np.mean(answers, axis=0)
+    found = slide_chance(classes, cases, seed=0)
+    assert [found[name] for name in ("acc@1", "acc@3", "acc@5", "map@5")] == pytest.approx(expected)
+    drawn = [slide_chance(classes, cases, seed=seed)["mvacc@5"] for seed in range(40)]
+    assert np.mean(drawn) == pytest.approx(vote, abs=0.03)
 
 
 def test_slide_retrieval_compares_encoders_on_the_same_items():

@@ -18,7 +18,7 @@ from .label_table import LabelTable, TaskLabels
 from .methods import make_methods, smallest_class_size
 from .null_rows import chance_row, shuffled_row, with_differences
 from .protocol import MethodRun, evaluate_method
-from .scores import MAIN_METRIC
+from .scores import MAIN_METRIC, undefined_labels
 from .sites import find_sites
 from .task_items import case_rule, find_cases, make_items
 from .task_result import MethodResult, TaskResult
@@ -140,6 +140,9 @@ def evaluate_task(prepared: PreparedTask, protocol: Protocol, *, progress: bool 
     methods, notes = make_methods(labels, protocol.methods, smallest)
     if not methods:
         raise ValueError(f"Task {labels.task}: no method is left; {notes[0]}.")
+    if labels.kind == "multilabel":
+        alike = undefined_labels(labels.targets[prepared.held_out])
+        notes += [f"{labels.classes[place]}: its known held-out items are all alike, so no score" for place in alike]
     for note in notes:
         logger.warning("Task %s: left out %s", labels.task, note)
     rows = _rows(methods, prepared, protocol, progress=progress)

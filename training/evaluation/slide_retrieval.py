@@ -171,22 +171,47 @@ def _vote(nearest: np.ndarray) -> np.ndarray:
 
 
 def slide_chance(classes: np.ndarray, cases: np.ndarray, *, seed: int) -> dict[str, float]:
-    """Scores of a gallery in random order, the mean over 20 orders of it for each query.
+    """Scores of a gallery in random order: expected ones, but for the vote, which is the mean over 20 orders.
 
     Args:
         classes (`np.ndarray` of shape `(n,)`, int), cases (`np.ndarray` of shape `(n,)`, int): of the items.
         seed (`int`): of the orders.
     """
-    random = np.random.default_rng(seed)
     queries = np.flatnonzero(_with_answer(classes, cases))
-    totals: dict[str, float] = {}
+    case_sizes = np.bincount(cases)[cases]
+    pairs = np.stack([classes, cases])
+    own_class_sizes = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)[1:]
+    num_right = (np.bincount(classes)[classes] - own_class_sizes[1][own_class_sizes[0].reshape(-1)])[queries, None]
+    gallery_size = (len(classes) - case_sizes)[queries, None]
+    places = np.arange(max(*ACCURACY_AT, *PRECISION_AT))
+    # None right among the first k, drawn without replacement.
+    missed = np.clip((gallery_size - num_right - places) / np.maximum(gallery_size - places, 1), 0, 1).cumprod(axis=1)
+    # A place is right with probability R / G, and then each before it with (R - 1) / (G - 1).
+    before = places * (num_right - 1) / np.maximum(gallery_size - 1, 1)
+    precision = num_right / gallery_size * (1 + before) / (places + 1) * (places < gallery_size)
+    scores = {f"acc@{k}": float((1 - missed[:, k - 1]).mean()) for k in ACCURACY_AT}
+    scores[MAIN_SCORE] = _random_votes(queries, classes, cases, seed)
+    for k in PRECISION_AT:
+        scores[f"map@{k}"] = float((precision[:, :k].sum(axis=1) / np.minimum(k, num_right[:, 0])).mean())
+    return scores
+
+
+def _random_votes(queries: np.ndarray, classes: np.ndarray, cases: np.ndarray, seed: int) -> float:
+    """How often the vote of random items of other cases is right."""
+    random = np.random.default_rng(seed)
+    right = 0
     for _ in range(_RANDOM_ORDERS):
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             chunk = queries[start : start + _QUERIES_AT_ONCE]
-            _, values = _score_order(random.random((len(chunk), len(classes))), chunk, classes, cases)
-            for name, found in values.items():
-                totals[name] = totals.get(name, 0.0) + float(found.sum())
-    return {name: total / (_RANDOM_ORDERS * len(queries)) for name, total in totals.items()}
+            keys = random.random((len(chunk), len(classes)), dtype=np.float32)
+            keys[cases[chunk, None] == cases] = np.inf
+            first = np.argpartition(keys, min(VOTE_OF, keys.shape[1] - 1), axis=1)[:, :VOTE_OF]
+            chosen = np.take_along_axis(keys, first, axis=1)
+            order = np.argsort(chosen, axis=1)
+            first, chosen = (np.take_along_axis(values, order, axis=1) for values in (first, chosen))
+            nearest = np.where(np.isfinite(chosen), classes[first], -1)
+            right += int((_vote(nearest) == classes[chunk]).sum())
+    return right / (_RANDOM_ORDERS * len(queries))
 
 
 def _with_answer(classes: np.ndarray, cases: np.ndarray) -> np.ndarray:

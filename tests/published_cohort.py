@@ -14,7 +14,7 @@ from training.demo.report_writer import write_report
 from training.demo.slide_writer import write_slide
 from training.demo.tissue_painter import MIN_SIDE_PX, SLIDE_MPP, CaseTraits, paint_slide
 
-GENES = ("EGFR", "KRAS", "TP53")
+GENES = ("EGFR", "KRAS", "STK11", "TP53")
 _SITES = ("05", "22", "44", "55", "69", "86")
 _PATTERNS = {"LUAD": "tubular", "LUSC": "solid"}
 
@@ -42,7 +42,7 @@ def tcga_cases(count: int) -> list[Case]:
     cases = []
     for place in range(count):
         site = _SITES[place // 2 % len(_SITES)]
-        genes = tuple(gene for gene, period in zip(GENES, (4, 3, 2), strict=True) if (place // 2) % period == 0)
+        genes = tuple(gene for gene, period in zip(GENES, (3, 2, 4, 2), strict=True) if (place // 2) % period == 0)
         mutated = None if place % 7 == 6 else genes
         case_id = f"TCGA-{site}-{4000 + place}"
         cases.append(Case(case_id, ("LUAD", "LUSC")[place % 2], mutated, 100 + 37 * place, place % 3 == 0, place))

@@ -63,6 +63,7 @@ def test_every_slide_gets_what_its_tables_say(cohort, capsys):
         is_normal = "-11A-" in row["slide_id"] or row["slide_id"].endswith("-26")
         assert row["tissue"] == ("normal" if is_normal else "tumor")
         assert row["preparation"] == ("ffpe" if "-DX1" in row["slide_id"] else "frozen")
+        assert row["tissue_frozen"] == ("" if row["preparation"] == "ffpe" else row["tissue"])
         assert row["site"] == (row["case_id"][5:7] if row["program"] == "TCGA" else "CPTAC")
         assert row["subtype"] == ("" if is_normal else case.cancer_type)
         assert row["report"] == ("" if is_normal else reports.get(case.case_id, ""))

@@ -7,8 +7,10 @@
     OUT/splits/external.csv   the same: trained on TCGA, tested on CPTAC; if there are slides of both
     OUT/cohort.json           how many slides have what, and which were left out and why
 
-Labels: tissue, subtype, preparation, site, program, os_days, os_event and the genes. On a slide of normal tissue only
-the first and where it comes from are known: the tumour that reports, subtype and mutations speak of is not on it.
+Labels: tissue and tissue_frozen (tumor or normal; the latter of frozen slides alone), preparation, site, program,
+subtype, os_days, os_event and the genes. On a slide of normal tissue the last ones are empty, as is its report: the
+tumour that they speak of is not on it. TCGA's slides of normal tissue are all frozen, its diagnostic slides all
+tumour: whoever learns `tissue` may learn the preparation, so that cancer recognition takes `tissue_frozen`.
 """
 
 import csv
@@ -24,7 +26,7 @@ from modeling_dre_slcl.atomic_files import write_json, write_text
 
 from ..manifest import find_slides
 from ..manifest_checks import check_ids
-from .barcodes import CPTAC, NORMAL, SlideName, parse_slide_name
+from .barcodes import CPTAC, FROZEN, NORMAL, SlideName, parse_slide_name
 from .clinical_tables import Clinical
 from .cohort_splits import split_cases
 from .mutation_tables import Mutations
@@ -156,8 +158,9 @@ def _labels(path: Path, name: SlideName, sources: CohortSources) -> dict[str, An
         "os_event": clinical.os_event.get(case),
         **{gene: genes.get(gene) for gene in sources.genes},
     }
+    tissues = {"tissue": tissue, "tissue_frozen": tissue if name.preparation == FROZEN else None}
     origin = {"preparation": name.preparation, "site": name.site, "program": name.program}
-    return {"tissue": tissue} | origin | (dict.fromkeys(of_tumor) if tissue == NORMAL else of_tumor)
+    return tissues | origin | (dict.fromkeys(of_tumor) if tissue == NORMAL else of_tumor)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -211,7 +214,7 @@ def _summarise(
     if len(tissues) > 1 and any((NORMAL, made) not in pairs for _, made in pairs):
         warnings.append(
             "TCGA's slides of normal tissue are frozen sections, its diagnostic slides (DX) are tumour only: a model "
-            "would tell the preparation instead of cancer. For cancer recognition take --preparation frozen."
+            "would tell the preparation instead of cancer. For cancer recognition take the label `tissue_frozen`."
         )
     return CohortSummary(
         num_slides=len(rows),

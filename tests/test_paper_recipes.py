@@ -26,7 +26,7 @@ SMALL_TILES = {"--tile-size": "64", "--mpp": "2.0"}
 SMALL_ENCODER = {
     "model_type": "timm_wrapper",
     "architecture": "resnet18",
-    "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "norm_layer": "groupnorm"},
+    "model_args": {"layers": [1, 1, 1, 1], "channels": [32, 32, 64, 64], "norm_layer": "groupnorm"},
 }
 SMALL_RUN = {"slides_per_batch": 4, "tiles_per_slide": 4, "warmup_steps": 2, "num_workers": 0}
 SMALL_RUN |= {"encode_batch_size": 64, "mixed_precision": "no", "checkpoint_steps": 50, "learning_rate": 1e-3}

@@ -16,7 +16,10 @@ COMMANDS = {
     "bank": ("dre_slcl.training.bank_command", "look into the memory bank of a training run"),
     "embed": ("dre_slcl.training.embed_slides", "embed slides with a trained model"),
     "explain": ("dre_slcl.training.explain_slide", "show which tiles of a slide speak for a text or a class"),
-    "evaluate": ("dre_slcl.training.evaluate_model", "evaluate a model on held-out slides"),
+    "evaluate": (
+        "dre_slcl.training.evaluation.evaluate_command",
+        "embeddings on labels, or a model on held-out slides",
+    ),
     "search": ("dre_slcl.training.search_slides", "find slides, reports or regions by a text or a slide"),
     "view": ("dre_slcl.training.viewer.view_slides", "look at slides and at what matches a text, in a browser"),
     "export": ("dre_slcl.training.export_dataset", "write a slide dataset in the layout of another tool"),

@@ -71,11 +71,11 @@ def check_export(folder: str | Path, *, allowed_text: Sequence[str] = ()) -> lis
     folder = Path(folder)
     findings: list[Finding] = []
     for path in sorted(folder.rglob("*")):
-        findings += _check_entry(path, folder, allowed_text)
+        findings += check_entry(path, folder, allowed_text)
     return findings + check_config(folder) + check_card(folder)
 
 
-def _check_entry(path: Path, folder: Path, allowed_text: Sequence[str]) -> list[Finding]:
+def check_entry(path: Path, folder: Path, allowed_text: Sequence[str]) -> list[Finding]:
     """Checks one directory entry by its kind, suffix, mode and content."""
     name = str(path.relative_to(folder))
     if path.is_symlink() or not (path.is_file() or path.is_dir()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dre-slcl publish`: puts a model, and the slide dataset it was trained on, on the Hub.
+"""`dre-slcl publish`: puts a model, the slide dataset it was trained on, and metrics on the Hub.
 
 What goes out is first gathered in a folder of its own (`gather.py`) and checked there (`check_export.py`); only then
 is it uploaded, and the commit hash to pin is printed.
@@ -27,6 +27,7 @@ from modeling_dre_slcl.atomic_files import read_json
 from .check_dataset import check_dataset
 from .check_export import Finding, check_export
 from .gather import PublishError, gather_dataset, gather_model
+from .gather_metric import check_metric, gather_metric
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _STALE_PATTERNS = {
     "model": ["*.py", "*.safetensors", "*.index.json"],
     "dataset": ["slides/*", "tiles/*", "previews/*"],
+    "space": ["*.py"],
 }
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -44,7 +46,7 @@ class Published:
 
     Args:
         repo_id (`str`): `namespace/name`.
-        repo_type (`str`): "model" or "dataset".
+        repo_type (`str`): "model", "dataset" or "space".
         commit (`str`): commit hash, 40 hex digits; what users pin as `revision`.
         url (`str`): address of the commit.
         pull_request_url (`str`, *optional*): address of the pull request, if one was opened.
@@ -86,7 +88,7 @@ def upload(folder: Path, destination: Destination, *, repo_type: str, message: s
     Args:
         folder (`Path`): everything in it is uploaded.
         destination (`Destination`): the repository.
-        repo_type (`str`): "model" or "dataset".
+        repo_type (`str`): "model", "dataset" or "space".
         message (`str`): first line of the commit message.
 
     Returns:
@@ -100,7 +102,13 @@ def upload(folder: Path, destination: Destination, *, repo_type: str, message: s
         if get_token() is None:
             raise PublishError("no Hub token; run `hf auth login`, or set HF_TOKEN, with a token that may write")
         api = HfApi()
-        api.create_repo(repo_id, repo_type=repo_type, private=destination.private or None, exist_ok=True)
+        api.create_repo(
+            repo_id,
+            repo_type=repo_type,
+            private=destination.private or None,
+            space_sdk="gradio" if repo_type == "space" else None,
+            exist_ok=True,
+        )
         if destination.private and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise PublishError(f"{repo_id} exists and is public; make it private on the Hub, or drop --private")
         if revision not in {None, "main"}:
@@ -208,6 +216,27 @@ def publish_dataset(
         return None if dry_run else upload(folder, destination, repo_type="dataset", message="Upload slide dataset")
 
 
+def publish_metric(metric: str | Path, destination: Destination, *, dry_run: bool = False) -> Published | None:
+    """Gathers, checks and uploads a metric as a Space, from which `evaluate.load("namespace/name")` takes it.
+
+    Args:
+        metric (`str` or `Path`): the name of one of ours, such as "auroc", or the folder of another.
+        destination (`Destination`): the Space; its name must be the metric's.
+        dry_run (`bool`, defaults to `False`): stop before the upload; needs no network.
+
+    Returns:
+        `Published`, or `None` after a dry run.
+
+    Raises:
+        PublishError: if the metric must not go out (every finding is named), or the Hub does not take it.
+    """
+    with tempfile.TemporaryDirectory(prefix="dre-slcl-publish-") as temporary:
+        folder = Path(temporary)
+        gather_metric(metric, folder, repo_id=destination.repo_id)
+        _report(folder, check_metric(folder, repo_id=destination.repo_id), f"metric {destination.repo_id}")
+        return None if dry_run else upload(folder, destination, repo_type="space", message="Upload metric")
+
+
 def push_dataset_to_hub(
     dataset_dir: str | Path,
     repo_id: str,
@@ -256,6 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `dre-slcl publish`."""
     parser.add_argument("--model", type=Path, metavar="DIR", help="folder with a saved model and its processor")
     parser.add_argument("--dataset", type=Path, metavar="DIR", help="folder of a slide dataset (`dre-slcl tiles`)")
+    parser.add_argument("--metric", metavar="NAME|DIR", help="a metric, such as auroc; --repo NS/NAME is its Space")
     parser.add_argument("--repo", required=True, metavar="NS/NAME", help="repository on the Hub, created if absent")
     parser.add_argument("--dataset-repo", metavar="NS/NAME", help="repository of the dataset (default: as --repo)")
     parser.add_argument("--private", action="store_true", help="only members of the namespace may see it")
@@ -269,8 +299,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Publishes what the arguments name; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
-    if args.model is None and args.dataset is None:
-        logger.error("Nothing to publish: give --model, --dataset, or both.")
+    if args.model is None and args.dataset is None and args.metric is None:
+        logger.error("Nothing to publish: give --model, --dataset, or both; or --metric.")
+        return 2
+    if args.metric is not None and (args.model is not None or args.dataset is not None):
+        logger.error("--metric goes to a Space of its own: publish it apart from --model and --dataset.")
         return 2
     try:
         published = _publish(args)
@@ -290,6 +323,9 @@ def _publish(args: argparse.Namespace) -> list[Published]:
     def destination(repo_id: str) -> Destination:
         return Destination(repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr)
 
+    if args.metric is not None:
+        done = publish_metric(args.metric, destination(args.repo), dry_run=args.dry_run)
+        return [] if done is None else [done]
     published, datasets = [], []
     material = {
         "metrics": None if args.metrics is None else read_json(args.metrics),

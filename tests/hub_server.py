@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for the Hugging Face Hub on 127.0.0.1, so that publishing and loading are tested without a network.
 
-It speaks the part of the Hub's HTTP interface that `huggingface_hub`, `transformers` and `datasets` use for model and
-dataset repositories: creating, committing (regular and large files), branches, tags, pull requests, listing,
-downloading with ranges, private repositories, tokens. Repositories live in a folder as content-addressed blobs and one
-JSON file per commit. Not there: Xet storage, spaces, discussions, search.
+It speaks the part of the Hub's HTTP interface that `huggingface_hub`, `transformers`, `datasets` and `evaluate` use
+for model, dataset and Space repositories: creating, committing (regular and large files), branches, tags, pull
+requests, listing, downloading with ranges, private repositories, tokens. Repositories live in a folder as
+content-addressed blobs and one JSON file per commit. Not there: Xet storage, running Spaces, discussions, search.
 
 **In a test.** The clients read their settings when they are imported, so they run in processes of their own:
 
@@ -52,8 +52,8 @@ _LARGE_SUFFIXES = {".safetensors", ".parquet", ".arrow", ".bin", ".jpg", ".png",
 _LARGE_BYTES = 10 << 20
 
 
-_REPO = r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
-_PLAIN = r"/(?:(?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+)"
+_REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"
+_PLAIN = r"/(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)"
 _ROUTES = [
     ("POST", r"/api/repos/create", "create_repo"),
     ("DELETE", r"/api/repos/delete", "delete_repo"),
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create_repo(self) -> dict[str, Any] | None:
         repository, payload = self._named_repository(), json.loads(self.body)
-        prefix = "datasets/" if repository.repo_type == "dataset" else ""
+        prefix = "" if repository.repo_type == "model" else f"{repository.repo_type}s/"
         answer = {"url": f"{self.server.hub.url}/{prefix}{repository.repo_id}", "name": repository.repo_id}
         if repository.exists:
             self._answer(409, json.dumps({"error": "You already created this repo", **answer}).encode(), {})
@@ -236,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
             apply_operation(repository, files, operation["key"], operation["value"])
         number = 1 + sum(name.startswith("refs/pr/") for name in repository.state["refs"])
         ref = f"refs/pr/{number}" if self.query.get("create_pr") else ref
-        url = f"{self.server.hub.url}/{'datasets/' if repository.repo_type == 'dataset' else ''}{repository.repo_id}"
+        prefix = "" if repository.repo_type == "model" else f"{repository.repo_type}s/"
+        url = f"{self.server.hub.url}/{prefix}{repository.repo_id}"
         identifier = repository.write_commit(ref, files, header["value"]["summary"])
         return {
             "success": True, "commitOid": identifier, "commitUrl": f"{url}/commit/{identifier}",

@@ -16,9 +16,10 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from dre_slcl.training.embed_split import embed_split
-from dre_slcl.training.evaluate_model import add_arguments, evaluate_model, run
+from dre_slcl.training.evaluate_model import evaluate_model
+from dre_slcl.training.evaluation.evaluate_command import add_arguments, run
+from dre_slcl.training.evaluation.linear_probe import fit_linear_probe, probe_scores
 from dre_slcl.training.evaluation_tasks import group_slides
-from dre_slcl.training.linear_probe import fit_linear_probe, probe_scores
 from dre_slcl.training.random_baseline import random_baseline
 from dre_slcl.training.tile_source import TileSource
 from modeling_dre_slcl import DreSlclProcessor

@@ -13,7 +13,8 @@ from matplotlib import colormaps
 from sklearn.decomposition import PCA
 
 from dre_slcl.training import figures
-from dre_slcl.training.demo.html_report import (
+from dre_slcl.training.demo.slide_writer import write_slide
+from dre_slcl.training.html_report import (
     Commands,
     Confusion,
     NearestReports,
@@ -24,7 +25,6 @@ from dre_slcl.training.demo.html_report import (
     Table,
     write_html_report,
 )
-from dre_slcl.training.demo.slide_writer import write_slide
 from modeling_dre_slcl.slide_reader import SlideReader
 from modeling_dre_slcl.tile_grid import TileGridConfig, make_tile_grid
 
@@ -34,8 +34,8 @@ REAL_SLIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "slides" 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved, to ask matplotlib what is in them."""
-    kept, save = [], figures._save_figure
-    monkeypatch.setattr(figures, "_save_figure", lambda figure, path: (kept.append(figure), save(figure, path)))
+    kept, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: (kept.append(figure), save(figure, path)))
     return kept
 
 

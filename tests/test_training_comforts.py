@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from dre_slcl.training.checkpoint import CheckpointError
 from dre_slcl.training.config import TrainConfig
+from dre_slcl.training.metrics.recall_at_k.rank_gallery import rank_gallery
 from dre_slcl.training.metrics_log import read_metrics
-from dre_slcl.training.ranking import rank_gallery
 from dre_slcl.training.train import dry_run, train
 from dre_slcl.training.trainer import Trainer
 from modeling_dre_slcl import DreSlclModel

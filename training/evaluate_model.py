@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dre-slcl evaluate`: a model on held-out cases, beside the same model with random weights and beside chance.
+"""`dre-slcl evaluate --model --dataset`: a model on held-out cases, beside random weights and chance.
 
 Four tasks: classes by text alone (zero-shot), slide -> report and report -> slide retrieval, and a linear probe.
 """
@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from modeling_dre_slcl import DreSlclModel
 from modeling_dre_slcl.atomic_files import read_json
 
+from .evaluation.evaluate_arguments import DEFAULT_TEMPLATES
 from .evaluation_files import Evaluation, results_table, write_evaluation
 from .evaluation_tasks import Answers, EvaluationSetup, ReportEmbedder, answer_tasks, label_text
 from .random_baseline import random_baseline
@@ -24,7 +25,6 @@ from .reports import ReportEncoder
 from .tile_source import TileSource
 
 logger = logging.getLogger(__name__)
-DEFAULT_TEMPLATES = ("CLASSNAME.", "Diagnosis: CLASSNAME.", "Histologic type: CLASSNAME.", "A slide of CLASSNAME.")
 _LONGEST_REPORT_TOKENS = 1_000_000
 
 
@@ -218,31 +218,12 @@ def _one_by_one(encoder: ReportEncoder) -> ReportEmbedder:
     return lambda reports: torch.cat([encoder.encode([report]) for report in reports])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `dre-slcl evaluate`."""
-    parser.add_argument("--model", required=True, metavar="DIR|REPO", help="the trained model")
-    parser.add_argument("--dataset", required=True, metavar="DIR|REPO", help="slide dataset, from `dre-slcl tiles`")
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="metrics; a table and predictions go beside")
-    parser.add_argument("--split", default="test", help="held-out split (%(default)s)")
-    parser.add_argument("--train-split", default="train", help="for probe and baseline; '' for neither (%(default)s)")
-    parser.add_argument("--label-column", metavar="NAME", help="column with classes; without it, reports only")
-    parser.add_argument("--classes", metavar="FILE.json", help="class -> list of its names (default: the labels)")
-    parser.add_argument("--templates", nargs="+", default=DEFAULT_TEMPLATES, help="prompts with the token CLASSNAME")
-    parser.add_argument(
-        "--text-model", metavar="DIR|REPO", help="reads reports, if the model ships without a text model"
-    )
-    parser.add_argument("--max-report-tokens", type=int, default=512, help="for --text-model (%(default)s)")
-    parser.add_argument("--slides-root", metavar="DIR", help="folder of the slides, for a dataset of coordinates only")
-    baseline = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--random-baseline", help="also the same model with random weights (yes)", **baseline)
-    parser.add_argument("--num-bootstrap", type=int, default=1000, help="samples for intervals (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="tiles encoded at once (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, folds and intervals (%(default)s)")
+def run_model(args: argparse.Namespace) -> int:
+    """Runs `dre-slcl evaluate --model --dataset`.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Runs `dre-slcl evaluate`; returns 0 if complete, 3 if some slides could not be read, 1 if it failed."""
+    Returns:
+        `int`: 0 if complete, 3 if some slides could not be read, 1 if it failed.
+    """
     try:
         evaluation = _run(args)
         write_evaluation(args.out, evaluation)
@@ -258,7 +239,8 @@ def _run(args: argparse.Namespace) -> Evaluation:
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ValueError(f"{args.model}: {len(missing)} weights are missing, for example `{missing[0]}`.")
-    model = model.to(args.device)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
     image_processor = AutoImageProcessor.from_pretrained(args.model)
     tokenizer, report_embeds_fn = None, None
     if model.text_encoder is not None:
@@ -267,7 +249,7 @@ def _run(args: argparse.Namespace) -> Evaluation:
         encoder = ReportEncoder.from_pretrained(
             args.text_model, pooling=model.config.text_pooling, max_tokens=args.max_report_tokens
         )
-        encoder.model.to(args.device)
+        encoder.model.to(device)
         report_embeds_fn = _one_by_one(encoder)
     source_train = None
     if args.train_split:

@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 
 from .embed_split import EmbeddedSplit, embed_split
+from .evaluation.case_bootstrap import bootstrap_intervals
+from .evaluation.retrieval_chance import retrieval_chance
+from .evaluation.scores import chance_scores, classification_scores
+from .metrics.recall_at_k.rank_gallery import rank_queries, recall_scores
 from .tile_source import TileSource
 
 ReportEmbedder = Callable[[Sequence[str]], torch.Tensor]
@@ -118,7 +123,7 @@ def _zero_shot(model: PreTrainedModel, setup: EvaluationSetup, answers: Answers)
 
 
 def _linear_probe(setup: EvaluationSetup, answers: Answers) -> None:
-    from .linear_probe import fit_linear_probe, probe_scores
+    from .evaluation.linear_probe import fit_linear_probe, probe_scores
 
     labels = _labels(answers.train.labels[setup.label_column])
     known = [place for place, label in enumerate(labels) if label is not None]
@@ -134,17 +139,24 @@ def _linear_probe(setup: EvaluationSetup, answers: Answers) -> None:
 
 def _classification(task: str, scores: np.ndarray, setup: EvaluationSetup, answers: Answers) -> None:
     """Scores `(S, C)` -> the task's metrics, and a prediction per slide."""
-    from .metrics import SlideClassification
-
     labels = _labels(answers.test.labels[setup.label_column])
     known = [place for place, label in enumerate(labels) if label is not None]
-    answers.tasks[task] = SlideClassification(keep_in_memory=True).compute(
-        references=[setup.classes.index(labels[place]) for place in known],
-        scores=scores[known],
-        cases=[answers.test.case_ids[place] for place in known],
-        num_bootstrap=setup.num_bootstrap,
-        seed=setup.seed,
-    )
+    references = np.array([setup.classes.index(labels[place]) for place in known])
+    stated = scores[known]
+    options = {"names": ("balanced_accuracy", "auroc", "accuracy")}
+    answers.tasks[task] = {
+        **classification_scores(references, stated, **options),
+        "interval": bootstrap_intervals(
+            lambda sample: classification_scores(references[sample], stated[sample], **options),
+            [answers.test.case_ids[place] for place in known],
+            references.tolist(),
+            num_bootstrap=setup.num_bootstrap,
+            seed=setup.seed,
+        ),
+        "chance": chance_scores("classification", references, len(setup.classes), **options),
+        "confusion": confusion_matrix(references, stated.argmax(axis=1), labels=range(len(setup.classes))).tolist(),
+        "num_slides": len(known),
+    }
     answers.columns["label"] = labels
     answers.columns[f"{task}_class"] = [setup.classes[column] for column in scores.argmax(axis=1)]
     answers.columns[f"{task}_scores"] = [dict(zip(setup.classes, row, strict=True)) for row in scores.tolist()]
@@ -152,8 +164,6 @@ def _classification(task: str, scores: np.ndarray, setup: EvaluationSetup, answe
 
 @torch.inference_mode()
 def _retrieval(model: PreTrainedModel, setup: EvaluationSetup, answers: Answers) -> None:
-    from .metrics import SlideRetrieval, rank_gallery
-
     test = answers.test
     known = [place for place, report in enumerate(test.reports) if report.strip()]
     reports = [test.reports[place] for place in known]
@@ -163,21 +173,38 @@ def _retrieval(model: PreTrainedModel, setup: EvaluationSetup, answers: Answers)
     encoded = setup.report_embeds_fn(answers.reports).to(model.device)
     answers.report_projection = model.get_report_projection(encoded).float().cpu().numpy()
     slides, texts = (test.slide_projection[known], groups), (answers.report_projection, list(group_of_report.values()))
+    ranks = {}
     for task, (queries, query_groups), (gallery, gallery_groups) in (
         ("slide_to_report", slides, texts),
         ("report_to_slide", texts, slides),
     ):
-        answers.tasks[task] = SlideRetrieval(keep_in_memory=True).compute(
-            queries=queries,
-            query_groups=query_groups,
-            gallery=gallery,
-            gallery_groups=gallery_groups,
+        answers.tasks[task], ranks[task] = _ranked(queries, query_groups, gallery, gallery_groups, setup)
+    rank_of = dict(zip(known, ranks["slide_to_report"].tolist(), strict=True))
+    answers.columns["report_rank"] = [rank_of.get(place) for place in range(len(test))]
+
+
+def _ranked(
+    queries: np.ndarray,
+    query_groups: Sequence[str],
+    gallery: np.ndarray,
+    gallery_groups: Sequence[str],
+    setup: EvaluationSetup,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """A task's metrics, and the rank of the first right answer of each query."""
+    ranks, precisions, num_relevant = rank_queries(queries, query_groups, gallery, gallery_groups)
+    metrics = {
+        **recall_scores(ranks, precisions),
+        "interval": bootstrap_intervals(
+            lambda sample: recall_scores(ranks[sample], precisions[sample]),
+            query_groups,
             num_bootstrap=setup.num_bootstrap,
             seed=setup.seed,
-        )
-    is_relevant = np.asarray(groups)[:, None] == np.asarray(list(group_of_report.values()))
-    ranks = dict(zip(known, rank_gallery(slides[0] @ texts[0].T, is_relevant)[0].tolist(), strict=True))
-    answers.columns["report_rank"] = [ranks.get(place) for place in range(len(test))]
+        ),
+        "chance": retrieval_chance(num_relevant, len(gallery)),
+        "num_queries": len(ranks),
+        "gallery_size": len(gallery),
+    }
+    return metrics, ranks
 
 
 def _labels(values: Sequence[Any]) -> list[str | None]:

@@ -71,7 +71,7 @@ def draw_training_curves(metrics_jsonl: str | Path, out_path: str | Path) -> Non
     resumes += [row["step"] for before, row in pairwise(rows) if row["step"] < before["step"]]
     num_columns = min(_PANELS_PER_ROW, len(curves))
     num_rows = -(-len(curves) // num_columns)
-    figure = _figure(4.0 * num_columns, 2.6 * num_rows)
+    figure = new_figure(4.0 * num_columns, 2.6 * num_rows)
     for place, (name, points) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(num_rows, num_columns, place)
         _draw_curve(axes, points, is_noisy=name == "loss")
@@ -82,7 +82,7 @@ def draw_training_curves(metrics_jsonl: str | Path, out_path: str | Path) -> Non
             axes.axvline(step, color="#888888", linestyle=":", linewidth=1)
     if resumes:
         figure.text(0.995, 0.005, "dotted: resumed", ha="right", va="bottom", fontsize=7, color="#666666")
-    _save_figure(figure, out_path)
+    save_figure(figure, out_path)
 
 
 def draw_similarity_matrix(
@@ -111,7 +111,7 @@ def draw_similarity_matrix(
             f"{similarity.shape}."
         )
     rows, columns = (sorted(range(len(names)), key=names.__getitem__) for names in (row_labels, column_labels))
-    figure = _figure(5.4, 4.6)
+    figure = new_figure(5.4, 4.6)
     axes = figure.add_subplot()
     image = axes.imshow(similarity[np.ix_(rows, columns)], cmap="viridis", aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="cosine similarity", fraction=0.046)
@@ -119,7 +119,7 @@ def draw_similarity_matrix(
     _mark_labels(axes, [column_labels[column] for column in columns], is_vertical=False)
     axes.set_ylabel(f"{row_title} ({len(rows)})")
     axes.set_xlabel(f"{column_title} ({len(columns)})")
-    _save_figure(figure, out_path)
+    save_figure(figure, out_path)
 
 
 def draw_embedding_map(
@@ -145,7 +145,7 @@ def draw_embedding_map(
     points = np.zeros((len(embeddings), 2))
     points[:, : min(2, len(spread))] = (left * spread)[:, :2]
     shares = np.append(spread**2, 0)[:2] / max((spread**2).sum(), 1e-30)
-    figure = _figure(5.0, 4.4)
+    figure = new_figure(5.0, 4.4)
     axes = figure.add_subplot()
     for place, name in enumerate(sorted(set(labels))):
         chosen = points[np.asarray(labels) == name]
@@ -155,7 +155,7 @@ def draw_embedding_map(
     axes.set_ylabel(f"component 2, {shares[1]:.0%} of variance")
     axes.set_title(title, loc="left", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
-    _save_figure(figure, out_path)
+    save_figure(figure, out_path)
 
 
 def draw_slide_grid(
@@ -247,12 +247,14 @@ def _mark_labels(axes: Axes, labels: list[str], *, is_vertical: bool) -> None:
         (axes.axhline if is_vertical else axes.axvline)(start - 0.5, color="white", linewidth=1)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Makes an empty figure of `width` x `height` inches, apart from matplotlib's global state."""
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save_figure(figure: Figure, out_path: str | Path) -> None:
+def save_figure(figure: Figure, out_path: str | Path) -> None:
+    """Writes a figure atomically; the suffix says in which format."""
     with atomic_file(out_path) as temporary:
         figure.savefig(temporary)

@@ -17,7 +17,7 @@ from modeling_dre_slcl.contrastive_loss import similarity_logits
 
 from .embed_split import embed_split
 from .evaluation_tasks import group_slides
-from .ranking import rank_gallery
+from .metrics.recall_at_k.rank_gallery import rank_gallery
 from .sampler import generator
 from .tile_source import TileSource
 

@@ -13,7 +13,7 @@ from modeling_dre_slcl.tile_grid import TileGridConfig
 
 from ..evaluation_files import RESULT_HEADER, Evaluation, result_rows
 from ..figures import draw_embedding_map, draw_slide_grid, draw_slide_heatmap, draw_training_curves
-from .html_report import (
+from ..html_report import (
     Block,
     Commands,
     Confusion,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation of slide or case embeddings, ours or anybody's: protocol, methods, null rows, and what is written of it."""
+"""Evaluation of slide or case embeddings, ours or anybody's: protocol, methods, null rows, results."""

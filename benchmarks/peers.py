@@ -39,7 +39,7 @@ from scipy import stats
 from modeling_dre_slcl.atomic_files import write_json, write_text
 
 _ROOT = Path(__file__).resolve().parents[1]
-_DEFAULT = {"tasks": ("rare_variant", "look"), "seeds": 3, "sizes": Sizes(), "slides": 10, "side_px": 4000}
+_DEFAULT = {"tasks": ("rare_variant", "look"), "seeds": 3, "sizes": Sizes(), "slides": 8, "side_px": 3000}
 _FULL = {
     "tasks": TASKS,
     "seeds": 5,

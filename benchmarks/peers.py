@@ -25,6 +25,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ from scipy import stats
 from modeling_dre_slcl.atomic_files import write_json, write_text
 
 _ROOT = Path(__file__).resolve().parents[1]
-_DEFAULT = {"tasks": ("rare_variant", "look"), "seeds": 3, "sizes": Sizes(), "slides": 8, "side_px": 3000}
+_DEFAULT = {"tasks": ("rare_variant", "tissues"), "seeds": 3, "sizes": Sizes(), "slides": 8, "side_px": 3000}
 _FULL = {
     "tasks": TASKS,
     "seeds": 5,
-    "sizes": Sizes(num_tiles=196, num_train=120, num_epochs=12),
+    "sizes": Sizes(num_tiles=100, num_train=400, num_epochs=10),
     "slides": 30,
     "side_px": 6000,
 }
@@ -56,11 +57,15 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="more of everything")
     parser.add_argument("--only", choices=("aggregators", "embedding"), help="one half")
     parser.add_argument("--seeds", type=int, help="cohorts of each task")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="where the label shows")
+    parser.add_argument("--train-slides", type=int, help="training slides of a cohort")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results", help="folder of the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     setting = dict(_FULL if arguments.full else _DEFAULT)
     setting["seeds"] = arguments.seeds or setting["seeds"]
+    setting["tasks"] = tuple(arguments.tasks or setting["tasks"])
+    setting["sizes"] = replace(setting["sizes"], num_train=arguments.train_slides or setting["sizes"].num_train)
     figures: dict[str, Any] = {"benchmark": "peers", "machine": platform.machine(), "torch": torch.__version__}
     figures["features"] = "synthetic, known structure"
     tables = []
@@ -70,7 +75,7 @@ def main() -> None:
         figures |= summary
         tables.append(aggregator_table(summary, setting))
     if arguments.only != "aggregators":
-        embedding = compare_embedding(setting["slides"], setting["side_px"], repetitions=2)
+        embedding = compare_embedding(setting["slides"], setting["side_px"], repetitions=2 if arguments.full else 1)
         figures |= embedding_figures(embedding)
         tables.append(embedding_table(embedding))
     figures["targets"] = {
@@ -126,7 +131,8 @@ def summarise(rows: list[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
         named = {f"{metric}_{task}_{method}": values for (method, metric), values in found.items()} | differences
         for name, values in named.items():
             figures[name] = round(statistics.fmean(values), 3)
-            figures["intervals"][name] = t_interval(values)
+            is_score = not name.startswith("over_")
+            figures["intervals"][name] = t_interval(values, bounds=(0, 1) if is_score else (-1, 1))
     train = draw_cohort(tasks[0], num_slides=sizes.num_train, num_tiles=sizes.num_tiles, width=sizes.width, seed=0)
     for method in METHODS:
         model = build(method, sizes, train, 0)
@@ -139,12 +145,13 @@ def summarise(rows: list[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
     return figures
 
 
-def t_interval(values: list[float]) -> list[float] | None:
-    """95% interval of the mean of values of independent cohorts; `None` for fewer than three."""
+def t_interval(values: list[float], bounds: tuple[float, float]) -> list[float] | None:
+    """95% interval of the mean of values of independent cohorts, within bounds; `None` for fewer than three."""
     if len(values) < 3:
         return None
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return [round(statistics.fmean(values) - half, 3), round(statistics.fmean(values) + half, 3)]
+    ends = np.clip(statistics.fmean(values) + np.array([-half, half]), *bounds)
+    return [round(float(end), 3) for end in ends]
 
 
 def compare_embedding(num_slides: int, side_px: int, *, repetitions: int) -> dict[str, dict[str, dict[str, float]]]:

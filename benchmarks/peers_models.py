@@ -40,14 +40,14 @@ class Sizes:
         num_epochs (`int`), batch_size (`int`): of training.
     """
 
-    num_tiles: int = 100
+    num_tiles: int = 64
     width: int = 64
-    num_train: int = 80
+    num_train: int = 240
     num_validation: int = 40
     num_test: int = 200
     attention_width: int = 64
     num_landmarks: int = 32
-    num_epochs: int = 10
+    num_epochs: int = 6
     batch_size: int = 8
 
     @property

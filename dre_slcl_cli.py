@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 # Subcommand -> (module, one line of help). Modules are imported only when their subcommand is called.
 COMMANDS = {
+    "cohort": ("dre_slcl.training.cohort.cohort_command", "tables of TCGA and CPTAC as manifest, labels and splits"),
     "tiles": ("dre_slcl.training.tiles_command", "tile slides into a Hugging Face dataset"),
     "convert-encoder": ("dre_slcl.training.convert_encoder", "pickled weights of a tile encoder as safetensors"),
     "train": ("dre_slcl.training.train", "train a slide encoder on a slide dataset with reports"),

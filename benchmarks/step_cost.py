@@ -114,9 +114,9 @@ def step_memory_kib(step: Step) -> float:
     return (peak + allocated) / 1024
 
 
-def naive(bank: MemoryBank, codebook: torch.Tensor) -> None:
+def naive(bank: MemoryBank, codebook: torch.Tensor, num_tiles: int = NAIVE_TILES) -> None:
     """Residual sums over all stored tiles of four slides, recomputed."""
-    tiles = torch.arange(NAIVE_TILES)[None]
+    tiles = torch.arange(num_tiles)[None]
     for slide in range(NUM_SLIDES):
         features, stored = bank.read(torch.tensor([slide]), tiles)
         residual_sums(features, codebook, stored)

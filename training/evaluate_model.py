@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from modeling_dre_slcl import DreSlclModel
 from modeling_dre_slcl.atomic_files import read_json
 
 from .evaluation_files import Evaluation, results_table, write_evaluation
 from .evaluation_tasks import Answers, EvaluationSetup, ReportEmbedder, answer_tasks, label_text
+from .pretrained import load_slide_model
 from .random_baseline import random_baseline
 from .reports import ReportEncoder
 from .tile_source import TileSource
@@ -235,10 +235,7 @@ def run_model(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> Evaluation:
-    model, loading = DreSlclModel.from_pretrained(args.model, output_loading_info=True)
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise ValueError(f"{args.model}: {len(missing)} weights are missing, for example `{missing[0]}`.")
+    model = load_slide_model(args.model)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     image_processor = AutoImageProcessor.from_pretrained(args.model)

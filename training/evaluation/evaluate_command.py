@@ -184,14 +184,13 @@ def _zero_shot(
 def _fine_tuning(
     args: argparse.Namespace, labels: "LabelTable", task: "TaskLabels", protocol: "Protocol"
 ) -> "TaskResult":
-    from modeling_dre_slcl import DreSlclModel
-
+    from ..pretrained import load_slide_model
     from .evaluate_task import prepare_task
     from .fine_tuning import evaluate_fine_tuning, residual_table
 
     # `dre-slcl embed --tile-features` writes them there.
     folder = args.tile_features or Path(args.embeddings) / "embeddings"
-    model = DreSlclModel.from_pretrained(args.model).eval()
+    model = load_slide_model(args.model)
     prepared = prepare_task(residual_table(model, folder, name=args.name), labels, task, protocol)
     options = {"seeds": protocol.seeds, "num_bootstrap": protocol.num_bootstrap}
     result = evaluate_fine_tuning(model, prepared.tables[0], prepared.labels, prepared.folds, **options)

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-import modeling_dre_slcl  # noqa: F401 - registers the model with the Auto classes
 from modeling_dre_slcl.text_embeddings import TextEmbeddings
 
 from ..manifest import ALIASES
 from ..manifest_table import read_table, text_column
+from ..pretrained import load_slide_model
 from ..search_index import EmbeddingIndex
 from .embedding_table import COLUMN_SEPARATOR, EmbeddingTable, read_embeddings, slide_name
 from .fold_files import match_folds, read_fold_files
@@ -32,8 +32,8 @@ def load_text_model(name: str, device: str | None = None) -> tuple[PreTrainedMod
     Raises:
         ValueError: if it ships without a text model.
     """
-    model = AutoModel.from_pretrained(name, trust_remote_code=False).to(device or "cpu").eval()
-    if getattr(model, "text_encoder", None) is None:
+    model = load_slide_model(name).to(device or "cpu")
+    if model.text_encoder is None:
         raise ValueError(f"{name}: ships without a text model, so text cannot be compared with slides.")
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 

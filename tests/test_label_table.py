@@ -70,6 +70,7 @@ def test_kinds_are_guessed_from_values(tmp_path):
         "classification"
     ] * 2
     assert only(labels, "grade", kind="regression").targets[:3].tolist() == [1, 2, 3]
+    assert only(labels, "overall", time="OS_days", event="OS_event").task == "overall"
     survival = only(labels, time="OS_days", event="OS_event")
     assert survival.kind == "survival"
     assert survival.targets["time"][:3].tolist() == [0, 10, 20]

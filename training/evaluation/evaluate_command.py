@@ -193,7 +193,7 @@ def _fine_tuning(
     folder = args.tile_features or Path(args.embeddings) / "embeddings"
     model = DreSlclModel.from_pretrained(args.model).eval()
     prepared = prepare_task(residual_table(model, folder, name=args.name), labels, task, protocol)
-    options = {"seeds": protocol.seeds, "num_bootstrap": protocol.num_bootstrap}
+    options = {"seeds": protocol.seeds, "num_bootstrap": protocol.num_bootstrap, "device": args.device or "cpu"}
     result = evaluate_fine_tuning(model, prepared.tables[0], prepared.labels, prepared.folds, **options)
     return replace(result, protocol={**result.protocol, "folds_from": prepared.folds_from})
 

@@ -53,6 +53,7 @@ class FineTuning:
         learning_rate (`float`, defaults to 1e-3): of the classifier; the residual encoder learns with a tenth of it.
         weight_decay (`float`, defaults to 0.01): of AdamW.
         batch_size (`int`, defaults to 32): slides in a step.
+        device (`str`, defaults to `"cpu"`): where it is trained, such as "cuda:0".
 
     Attributes:
         settings (`dict`): `epochs` after which the loss was best.
@@ -70,13 +71,14 @@ class FineTuning:
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         batch_size: int = 32,
+        device: str = "cpu",
     ) -> None:
         if kind not in ("classification", "multilabel"):
             raise ValueError(f"Fine-tuning asks for classes or labels; this task is of kind {kind}.")
         self.num_codewords, self.hidden_size = residual_encoder.codebook.shape
         self.start = copy.deepcopy(residual_encoder).float().cpu()
         self.num_outputs, self.kind, self.batch_size = num_outputs, kind, batch_size
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.learning_rate, self.weight_decay, self.device = learning_rate, weight_decay, torch.device(device)
         self.settings: dict[str, Any] = {}
 
     def fit(
@@ -94,7 +96,7 @@ class FineTuning:
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self._train(self._tensors(features), torch.from_numpy(np.asarray(targets)), fitted, held)
+            self._train(self._tensors(features), torch.from_numpy(np.asarray(targets)), fitted, held, seed)
         return self
 
     @torch.no_grad()
@@ -106,15 +108,21 @@ class FineTuning:
             self._logits(residuals[start : start + _SLIDES_AT_ONCE], counts[start : start + _SLIDES_AT_ONCE])
             for start in range(0, len(residuals), _SLIDES_AT_ONCE)
         ]
-        logits = torch.cat(parts).double()
+        logits = torch.cat(parts).double().cpu()
         return (logits.softmax(dim=-1) if self.kind == "classification" else logits.sigmoid()).numpy()
 
     def _train(
-        self, slides: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor, fitted: np.ndarray, held: np.ndarray
+        self,
+        slides: tuple[torch.Tensor, torch.Tensor],
+        targets: torch.Tensor,
+        fitted: np.ndarray,
+        held: np.ndarray,
+        seed: int,
     ) -> None:
         residuals, counts = slides
-        targets = targets.long() if self.kind == "classification" else targets.float()
-        self._encoder, self._classifier = copy.deepcopy(self.start), nn.Linear(self.hidden_size, self.num_outputs)
+        targets = (targets.long() if self.kind == "classification" else targets.float()).to(self.device)
+        self._encoder = copy.deepcopy(self.start).to(self.device)
+        self._classifier = nn.Linear(self.hidden_size, self.num_outputs).to(self.device)
         groups = [
             {"params": self._encoder.parameters(), "lr": self.learning_rate / 10},
             {"params": self._classifier.parameters(), "lr": self.learning_rate},
@@ -125,7 +133,9 @@ class FineTuning:
         for epoch in range(1, MAX_EPOCHS + 1):
             self._encoder.train()
             order = torch.from_numpy(fitted)[torch.randperm(len(fitted))]
-            for rows in order.split(self.batch_size):
+            for place, rows in enumerate(order.split(self.batch_size)):
+                # Dropout is a function of the seed and the step, on any device.
+                self._encoder.dropout_seed = int(np.random.SeedSequence([seed, epoch, place]).generate_state(1)[0])
                 loss = slide_label_loss(self._logits(residuals[rows], counts[rows]), targets[rows], weights)
                 optimizer.zero_grad()
                 loss.backward()
@@ -167,7 +177,7 @@ class FineTuning:
                 f"Fine-tuning needs rows of {width} numbers, residuals and counts of {self.num_codewords} codewords; "
                 f"found {features.shape[1]}. Make them with `residual_table` and the same model."
             )
-        rows = torch.from_numpy(np.asarray(features, dtype=np.float32))
+        rows = torch.from_numpy(np.asarray(features, dtype=np.float32)).to(self.device)
         residuals, counts = rows.split([self.num_codewords * self.hidden_size, self.num_codewords], dim=1)
         return residuals.unflatten(1, (self.num_codewords, self.hidden_size)), counts
 
@@ -233,6 +243,7 @@ def evaluate_fine_tuning(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     num_bootstrap: int = 1000,
+    device: str = "cpu",
 ) -> TaskResult:
     """Evaluates fine-tuning beside the same from random weights, beside shuffled labels, and beside chance.
 
@@ -243,13 +254,14 @@ def evaluate_fine_tuning(
         folds (sequence of `Fold`): as for `run_method`.
         seeds (sequence of `int`): of training.
         num_bootstrap (`int`, defaults to 1000): samples of whole cases for intervals.
+        device (`str`, defaults to `"cpu"`): where it is trained.
 
     Raises:
         ValueError: if the task is neither of classes nor of labels, or rows are of another model.
     """
     options = {"folds": folds, "seeds": seeds, "num_bootstrap": num_bootstrap}
-    method = FineTuning(model.residual_encoder, len(labels.classes), labels.kind)
-    scratch = FineTuning(random_residual_encoder(model, seeds[0]), len(labels.classes), labels.kind)
+    method = FineTuning(model.residual_encoder, len(labels.classes), labels.kind, device=device)
+    scratch = FineTuning(random_residual_encoder(model, seeds[0]), len(labels.classes), labels.kind, device=device)
     dealt = shuffle_labels(labels, table.case_ids, seeds[0])
     rows = [
         run_method(method, table, labels, **options),

@@ -19,8 +19,10 @@ from dre_slcl.training.evaluation.label_table import TaskLabels
 from dre_slcl.training.evaluation.linear_probe import LinearProbe
 from dre_slcl.training.evaluation.null_rows import parts_of_items, shuffle_labels
 from dre_slcl.training.evaluation.protocol import run_method
+from dre_slcl_cli import main
 from modeling_dre_slcl import DreSlclProcessor
 
+from .embedded_cohort import write_embedded_cohort
 from .tiny_models import tiny_image_processor, tiny_model, tiny_tokenizer
 
 NUM_CASES, WIDTH = 60, 8
@@ -73,6 +75,7 @@ def evaluated(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "out"
     peers = ["--baseline", f"random weights={files / 'noise.parquet'}", "--peer", f"alike={files / 'alike.parquet'}"]
     options = ["--methods", "linear_probe", "prototypes", "--seeds", 0, 5, "--num-bootstrap", 200, "--folds", 3]
+    options += ["--validation-fraction", 0.25]
     assert evaluate(files, out, "--task", "subtype", *peers, *options) == 0
     (result,) = json.loads((out / "results.json").read_text())
     return out, result, pq.read_table(out / "predictions.parquet").to_pylist()
@@ -163,6 +166,7 @@ def test_no_case_is_trained_on_and_held_out(evaluated):
 def test_the_same_command_gives_the_same_files(files, evaluated, tmp_path):
     peers = ["--baseline", f"random weights={files / 'noise.parquet'}", "--peer", f"alike={files / 'alike.parquet'}"]
     options = ["--methods", "prototypes", "linear_probe", "--seeds", 5, "--num-bootstrap", 20, "--folds", 2]
+    options += ["--validation-fraction", 0.25]
     for out in ("one", "two"):
         assert evaluate(files, tmp_path / out, "--task", "subtype", *peers, *options) == 0
     for name in ("results.json", "results.csv", "results.md"):
@@ -171,7 +175,7 @@ def test_the_same_command_gives_the_same_files(files, evaluated, tmp_path):
 
 
 def test_mutations_are_a_multilabel_task_with_missing_labels(files, tmp_path):
-    options = ["--methods", "linear_probe", "--seeds", 1, "--num-bootstrap", 50, "--no-shuffled"]
+    options = ["--methods", "linear_probe", "--seeds", 1, "--num-bootstrap", 50, "--no-shuffled", "--folds", 3]
     assert evaluate(files, tmp_path, "--task", "TP53", "EGFR", *options) == 0
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert (result["kind"], result["classes"]) == ("multilabel", ["TP53", "EGFR"])
@@ -371,3 +375,21 @@ def test_texts_need_their_model(joint, tmp_path, caplog):
     tiny_model().save_pretrained(tmp_path / "model")
     assert run(parser.parse_args([*map(str, words), "--model", str(tmp_path / "model")])) == 1
     assert "ships without a text model" in caplog.text
+
+
+def test_what_embed_wrote_is_evaluated_as_it_is(tmp_path):
+    cohort = write_embedded_cohort(tmp_path / "cohort")
+    lines = [["slide_id", "kind"], ["s0", "tumor"], ["s1", "normal tissue"], ["s2", "tumor"], ["s3", "normal tissue"]]
+    with (tmp_path / "labels.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows(lines)
+    (tmp_path / "reports.csv").write_text("case_id,report\nc0,a tumor of grade\nc1,normal tissue\n")
+    words = ["--embeddings", cohort.out, "--labels", tmp_path / "labels.csv", "--task", "kind", "--pool", "mean"]
+    words += ["--baseline", f"mean of tiles={cohort.out}::tile_features", "--model", cohort.model, "--folds", 2]
+    words += ["--methods", "prototypes", "zero_shot", "--reports", tmp_path / "reports.csv", "--num-bootstrap", 20]
+    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "out"), "--seeds", "0"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [result["task"] for result in results] == ["kind", "kind, zero-shot", "slide_to_report", "report_to_slide"]
+    assert [row["encoder"] for row in results[0]["rows"]] == ["slides", "mean of tiles", "shuffled labels", "chance"]
+    assert (results[0]["num_items"], results[0]["num_cases"]) == (4, 2)
+    assert results[0]["protocol"]["left_out_reasons"] == {"no_label": 1}
+    assert (results[2]["num_items"], results[3]["num_items"]) == (4, 2)

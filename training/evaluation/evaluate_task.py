@@ -20,7 +20,7 @@ from .null_rows import chance_row, shuffled_row, with_differences
 from .protocol import MethodRun, evaluate_method
 from .scores import MAIN_METRIC, undefined_labels
 from .sites import find_sites
-from .task_items import case_rule, find_cases, make_items
+from .task_items import case_rule, find_cases, make_items, share_cases
 from .task_result import MethodResult, TaskResult
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,13 @@ def prepare_task(
         ValueError: if labels, folds and embeddings do not fit together; it says how to mend that.
     """
     rule = case_rule(protocol.case_pattern)
-    joined = [make_items(one, labels, task, level=protocol.level, pattern=rule) for one in (table, *peers, *baselines)]
+    every = share_cases((table, *peers, *baselines))
+    joined = [make_items(one, labels, task, level=protocol.level, pattern=rule) for one in every]
     tables, items, level = _common_items(joined)
     sites = None
     if protocol.preserve_sites or protocol.site_column:
         sites = find_sites(tables[0], labels, protocol.site_column)
-    folds, origin = _folds(table, tables[0], labels, items, protocol, sites)
+    folds, origin = _folds(every[0], tables[0], labels, items, protocol, sites)
     return PreparedTask(tables, len(peers), items, level, folds, origin, sites)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DRE-SLCL's parts beside those of others: aggregators of tile features, and ways of embedding a folder of slides.
 
-    python benchmarks/peers.py           # about four minutes on two cores; needs the extra `peers` (torchmil) and h5py
-    python benchmarks/peers.py --full    # more tasks, seeds, slides, tiles and epochs; about an hour
+    python benchmarks/peers.py           # under four minutes on two idle cores; needs the extra `peers` (torchmil) and h5py
+    python benchmarks/peers.py --full    # all tasks, more seeds, slides, tiles and epochs; about an hour
 
 Features are synthetic with a known structure (`peers_features`), not those of a pretrained encoder: they show which
 kinds of signal an aggregator can use, not how it does on patients. Each seed draws another cohort. The last line is

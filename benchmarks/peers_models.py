@@ -42,7 +42,7 @@ class Sizes:
 
     num_tiles: int = 64
     width: int = 64
-    num_train: int = 240
+    num_train: int = 160
     num_validation: int = 40
     num_test: int = 200
     attention_width: int = 64

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".py", ".md", ".txt"})
+RESULTS_FOLDER = ".eval_results"  # the one folder that a model repository has: results for the Hub, as YAML
 _BANK_NAME = "memory_bank"
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 _FILE_MODE = 0o644
@@ -80,9 +81,12 @@ def check_entry(path: Path, folder: Path, allowed_text: Sequence[str]) -> list[F
     name = str(path.relative_to(folder))
     if path.is_symlink() or not (path.is_file() or path.is_dir()):
         return [Finding(name, "expected a regular file; replace the link or special file by a copy")]
-    if path.is_dir():
+    is_result = path.parent == folder / RESULTS_FOLDER and path.suffix == ".yaml"
+    if path.is_dir() and path != folder / RESULTS_FOLDER:
         return [Finding(name, "expected a flat folder; the loader finds code and weights only at the top")]
-    if path.suffix not in ALLOWED_SUFFIXES:
+    if path.is_dir():
+        return []
+    if path.suffix not in ALLOWED_SUFFIXES and not is_result:
         allowed = " ".join(sorted(ALLOWED_SUFFIXES))
         return [Finding(name, f"suffix {path.suffix!r} is not published (allowed: {allowed}); remove the file")]
     findings = check_mode(path, name)

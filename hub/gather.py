@@ -14,7 +14,7 @@ from typing import Any
 import modeling_dre_slcl
 from modeling_dre_slcl.atomic_files import read_json
 
-from .check_export import relative_imports
+from .check_export import RESULTS_FOLDER, relative_imports
 from .model_card import build_model_card
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def gather_model(
         metrics, data_statement, datasets: see `build_model_card`.
 
     Returns:
-        `list[Path]`: the files written, flat in `out_dir`, mode 0644.
+        `list[Path]`: the files written, flat in `out_dir` but for those of `.eval_results`, mode 0644.
 
     Raises:
         PublishError: if `model_dir` holds no saved model, or both a card and material for one are given.
@@ -90,10 +90,14 @@ def gather_model(
             has_adapter=(model_dir / "adapter_config.json").is_file(),
         )
         (out_dir / "README.md").write_text(str(card), encoding="utf-8")
-    left_out = sorted({path.name for path in model_dir.iterdir()} - {path.name for path in sources} - {"__pycache__"})
+    known = {path.name for path in sources} | {"__pycache__", RESULTS_FOLDER}
+    left_out = sorted({path.name for path in model_dir.iterdir()} - known)
     if left_out:
         logger.warning("Not published, because a model repository does not need it: %s", ", ".join(left_out))
-    written = sorted(out_dir.iterdir())
+    for source in sorted((model_dir / RESULTS_FOLDER).glob("*.yaml")):
+        (out_dir / RESULTS_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(source, out_dir / RESULTS_FOLDER / source.name)
+    written = sorted(path for path in out_dir.rglob("*") if path.is_file())
     for path in written:
         path.chmod(0o644)
     return written

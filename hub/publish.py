@@ -26,6 +26,7 @@ from modeling_dre_slcl.atomic_files import read_json
 
 from .check_dataset import check_dataset
 from .check_export import Finding, check_export
+from .eval_results import add_results, read_results
 from .gather import PublishError, gather_dataset, gather_model
 from .gather_metric import check_metric, gather_metric
 
@@ -164,6 +165,8 @@ def publish_model(
     metrics: dict[str, Any] | None = None,
     data_statement: str | None = None,
     datasets: Sequence[str] = (),
+    results: Sequence[dict[str, Any]] = (),
+    results_dataset: str | None = None,
     dry_run: bool = False,
 ) -> Published | None:
     """Gathers, checks and uploads a saved model.
@@ -172,6 +175,7 @@ def publish_model(
         model_dir (`str` or `Path`): where `DreSlclModel.save_pretrained` and `processor.save_pretrained` wrote.
         destination (`Destination`): the repository.
         metrics, data_statement, datasets: material for the card, see `build_model_card`.
+        results (sequence of `dict`), results_dataset (`str`, *optional*): see `add_results`.
         dry_run (`bool`, defaults to `False`): stop before the upload; needs no network.
 
     Returns:
@@ -186,7 +190,10 @@ def publish_model(
         gather_model(
             model_dir, folder, repo_id=repo_id, metrics=metrics, data_statement=data_statement, datasets=datasets
         )
-        _report(folder, check_export(folder, allowed_text=(repo_id, *datasets)), f"model {repo_id}")
+        if results:
+            add_results(folder, results, dataset=results_dataset, name=repo_id.split("/")[-1])
+        public = (repo_id, *datasets, *([results_dataset] if results_dataset else []))
+        _report(folder, check_export(folder, allowed_text=public), f"model {repo_id}")
         return None if dry_run else upload(folder, destination, repo_type="model", message="Upload DRE-SLCL model")
 
 
@@ -292,6 +299,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to, created if absent (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--metrics", type=Path, metavar="JSON", help="numbers for the model card")
+    parser.add_argument(
+        "--results", type=Path, metavar="JSON", help="results.json of `dre-slcl evaluate`, for the card"
+    )
+    parser.add_argument("--results-dataset", metavar="NS/NAME", help="dataset on the Hub that --results are of")
     parser.add_argument("--data-statement", type=Path, metavar="MD", help="text on the training data for the card")
     parser.add_argument("--previews", action="store_true", help="also publish the dataset's preview pictures")
     parser.add_argument("--dry-run", action="store_true", help="gather and check only; no network")
@@ -330,6 +341,8 @@ def _publish(args: argparse.Namespace) -> list[Published]:
     material = {
         "metrics": None if args.metrics is None else read_json(args.metrics),
         "data_statement": None if args.data_statement is None else args.data_statement.read_text("utf-8"),
+        "results": [] if args.results is None else read_results(args.results),
+        "results_dataset": args.results_dataset,
     }
     if args.dataset is not None:
         where = destination(args.dataset_repo or args.repo)

@@ -197,6 +197,16 @@ def test_what_is_open_or_contradicts_itself_is_refused(tmp_path):
         read_embeddings(str(write_slide_h5(tmp_path / "h5") / "s0.h5"))
 
 
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 5)])
+def test_a_row_without_a_vector_is_told_and_moves_no_other(tmp_path, kind):
+    cells = [VECTORS[0].tolist(), None, [1.0, 2.0, None, 4.0, 5.0], VECTORS[2].tolist()]
+    ids = ["s0", "empty", "holes", "s2"]
+    pq.write_table(pa.table({"slide_id": ids, "v": pa.array(cells, kind)}), tmp_path / "v.parquet")
+    table = read_embeddings(str(tmp_path / "v.parquet"))
+    check(table, ["s0", "s2"], VECTORS[[0, 2]])
+    assert {item["id"]: item["reason"] for item in table.left_out} == {"empty": "no_embedding", "holes": "not_finite"}
+
+
 def test_slides_of_a_case_are_averaged():
     table = make_table("x", IDS, ["b", "a", "b"], VECTORS)
     by_case = mean_by_case(table)

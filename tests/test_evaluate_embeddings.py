@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from dre_slcl.training.evaluation.case_folds import make_folds
@@ -18,6 +19,11 @@ from dre_slcl.training.evaluation.label_table import TaskLabels
 from dre_slcl.training.evaluation.linear_probe import LinearProbe
 from dre_slcl.training.evaluation.null_rows import parts_of_items, shuffle_labels
 from dre_slcl.training.evaluation.protocol import run_method
+from dre_slcl_cli import main
+from modeling_dre_slcl import DreSlclProcessor
+
+from .embedded_cohort import write_embedded_cohort
+from .tiny_models import tiny_image_processor, tiny_model, tiny_tokenizer
 
 NUM_CASES, WIDTH = 60, 8
 SUBTYPES = ("LUAD", "LUSC")
@@ -69,6 +75,7 @@ def evaluated(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "out"
     peers = ["--baseline", f"random weights={files / 'noise.parquet'}", "--peer", f"alike={files / 'alike.parquet'}"]
     options = ["--methods", "linear_probe", "prototypes", "--seeds", 0, 5, "--num-bootstrap", 200, "--folds", 3]
+    options += ["--validation-fraction", 0.25]
     assert evaluate(files, out, "--task", "subtype", *peers, *options) == 0
     (result,) = json.loads((out / "results.json").read_text())
     return out, result, pq.read_table(out / "predictions.parquet").to_pylist()
@@ -158,15 +165,17 @@ def test_no_case_is_trained_on_and_held_out(evaluated):
 
 def test_the_same_command_gives_the_same_files(files, evaluated, tmp_path):
     peers = ["--baseline", f"random weights={files / 'noise.parquet'}", "--peer", f"alike={files / 'alike.parquet'}"]
-    options = ["--methods", "linear_probe", "prototypes", "--seeds", 0, 5, "--num-bootstrap", 200, "--folds", 3]
-    assert evaluate(files, tmp_path / "again", "--task", "subtype", *peers, *options) == 0
+    options = ["--methods", "prototypes", "linear_probe", "--seeds", 5, "--num-bootstrap", 20, "--folds", 2]
+    options += ["--validation-fraction", 0.25]
+    for out in ("one", "two"):
+        assert evaluate(files, tmp_path / out, "--task", "subtype", *peers, *options) == 0
     for name in ("results.json", "results.csv", "results.md"):
-        assert (tmp_path / "again" / name).read_text() == (evaluated[0] / name).read_text()
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     assert str(files) not in (evaluated[0] / "results.json").read_text()
 
 
 def test_mutations_are_a_multilabel_task_with_missing_labels(files, tmp_path):
-    options = ["--methods", "linear_probe", "--seeds", 1, "--num-bootstrap", 50, "--no-shuffled"]
+    options = ["--methods", "linear_probe", "--seeds", 1, "--num-bootstrap", 50, "--no-shuffled", "--folds", 3]
     assert evaluate(files, tmp_path, "--task", "TP53", "EGFR", *options) == 0
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert (result["kind"], result["classes"]) == ("multilabel", ["TP53", "EGFR"])
@@ -301,3 +310,86 @@ def test_predictions_of_another_shape_are_refused():
         run_method(Memory(), table, labels, folds, (0,))
     with pytest.raises(ValueError, match="no fold for seed 4"):
         run_method(LinearProbe(3), table, labels, folds, (4,))
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory):
+    """A model with a text model inside, and slide projections that lie at its projections of their reports."""
+    folder = tmp_path_factory.mktemp("joint")
+    model = tiny_model(text=True)
+    model.save_pretrained(folder / "model")
+    DreSlclProcessor(tiny_image_processor(), tiny_tokenizer()).save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    words = ["normal tissue", "tumor", "a slide of tissue", "a tumor of grade"]
+    lines, vectors = [["slide_id", "case_id", "text", "kind"]], []
+    for case in range(12):
+        report = words[case % 4]
+        with torch.no_grad():
+            tokens = tiny_tokenizer()(report, return_tensors="pt")
+            projected = model.get_text_features(**{key: tokens[key] for key in ("input_ids", "attention_mask")})[0]
+        for slide in range(2):
+            vectors.append(projected.numpy() + 1e-3 * rng.normal(size=len(projected)))
+            lines.append([f"s{case}-{slide}", f"c{case}", report, "normal tissue" if case % 4 == 0 else "tumor"])
+    with (folder / "labels.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows(lines[:1] + [line for line in lines[1:] if line[2] in words[:2]])
+    with (folder / "reports.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows([["case_id", "report"], *dict.fromkeys((line[1], line[2]) for line in lines[1:])])
+    pq.write_table(
+        pa.table(
+            {
+                "slide_id": [line[0] for line in lines[1:]],
+                "case_id": [line[1] for line in lines[1:]],
+                "slide_projection": pa.array([vector.tolist() for vector in vectors], pa.list_(pa.float32())),
+            }
+        ),
+        folder / "vectors.parquet",
+    )
+    return folder
+
+
+def test_texts_find_the_slides_that_lie_where_they_do(joint, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--embeddings", joint / "vectors.parquet", "--model", joint / "model", "--out", tmp_path]
+    words += ["--labels", joint / "labels.csv", "--task", "kind", "--methods", "zero_shot", "slide_retrieval"]
+    words += ["--templates", "CLASSNAME", "--reports", joint / "reports.csv", "--num-bootstrap", 20, "--folds", 2]
+    assert run(parser.parse_args(list(map(str, words)))) == 0
+    results = {result["task"]: result for result in json.loads((tmp_path / "results.json").read_text())}
+    assert list(results) == ["kind, slides find slides", "kind, zero-shot", "slide_to_report", "report_to_slide"]
+    assert results["kind, zero-shot"]["rows"][0]["scores"]["balanced_accuracy"]["value"] == 1.0
+    assert results["kind, zero-shot"]["num_items"] == 12
+    for direction in ("slide_to_report", "report_to_slide"):
+        first, *null = results[direction]["rows"]
+        assert first["scores"]["recall@1"]["value"] == 1.0
+        assert [row["encoder"] for row in null] == ["shuffled reports", "chance"]
+        assert null[1]["scores"]["recall@1"]["value"] == pytest.approx(1 / 4)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_texts_need_their_model(joint, tmp_path, caplog):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--embeddings", joint / "vectors.parquet", "--out", tmp_path / "out", "--reports", joint / "reports.csv"]
+    assert run(parser.parse_args(list(map(str, words)))) == 2
+    assert "zero_shot and --reports need --model" in caplog.text
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert run(parser.parse_args([*map(str, words), "--model", str(tmp_path / "model")])) == 1
+    assert "ships without a text model" in caplog.text
+
+
+def test_what_embed_wrote_is_evaluated_as_it_is(tmp_path):
+    cohort = write_embedded_cohort(tmp_path / "cohort")
+    lines = [["slide_id", "kind"], ["s0", "tumor"], ["s1", "normal tissue"], ["s2", "tumor"], ["s3", "normal tissue"]]
+    with (tmp_path / "labels.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows(lines)
+    (tmp_path / "reports.csv").write_text("case_id,report\nc0,a tumor of grade\nc1,normal tissue\n")
+    words = ["--embeddings", cohort.out, "--labels", tmp_path / "labels.csv", "--task", "kind", "--pool", "mean"]
+    words += ["--baseline", f"mean of tiles={cohort.out}::tile_features", "--model", cohort.model, "--folds", 2]
+    words += ["--methods", "prototypes", "zero_shot", "--reports", tmp_path / "reports.csv", "--num-bootstrap", 20]
+    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "out"), "--seeds", "0"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [result["task"] for result in results] == ["kind", "kind, zero-shot", "slide_to_report", "report_to_slide"]
+    assert [row["encoder"] for row in results[0]["rows"]] == ["slides", "mean of tiles", "shuffled labels", "chance"]
+    assert (results[0]["num_items"], results[0]["num_cases"]) == (4, 2)
+    assert results[0]["protocol"]["left_out_reasons"] == {"no_label": 1}
+    assert (results[2]["num_items"], results[3]["num_items"]) == (4, 2)

@@ -222,20 +222,21 @@ def test_the_probe_chooses_its_strength_on_cases_that_it_was_not_fitted_on():
     labels = np.repeat(rng.permutation(["a", "b", "b"] * 8), 3)
     cases = np.repeat([f"case{number}" for number in range(24)], 3)
     embeddings = np.repeat(rng.normal(size=(24, 9)), 3, axis=0) + 0.1 * rng.normal(size=(72, 9))
-    embeddings[:, 0] += 1.5 * (labels == "a")
-    accuracies = {}
+    embeddings[:, 0] += 3 * (labels == "a")
+    losses = {}
     for power in range(-4, 3):
-        predicted = labels.copy()
+        stated = np.zeros(len(labels))
         for fitted, held in StratifiedGroupKFold(5, shuffle=True, random_state=7).split(embeddings, labels, cases):
             assert not set(cases[fitted]) & set(cases[held])
             mean, spread = embeddings[fitted].mean(axis=0), embeddings[fitted].std(axis=0)
             probe = LogisticRegression(C=10.0**power, class_weight="balanced", max_iter=2000)
             probe.fit((embeddings[fitted] - mean) / spread, labels[fitted])
-            predicted[held] = probe.predict((embeddings[held] - mean) / spread)
-        accuracies[10.0**power] = balanced_accuracy_score(labels, predicted)
-    assert len(set(accuracies.values())) > 1
+            of_class = probe.predict_proba((embeddings[held] - mean) / spread)
+            stated[held] = np.where(labels[held] == "a", of_class[:, 0], of_class[:, 1])
+        losses[10.0**power] = np.mean([-np.log(stated[labels == name]).mean() for name in "ab"])
     _, strength = fit_linear_probe(embeddings, labels.tolist(), cases.tolist(), seed=7)
-    assert strength == next(power for power, score in accuracies.items() if score == max(accuracies.values()))
+    assert strength == min(losses, key=losses.get)
+    assert min(losses) < strength < max(losses)
 
 
 def test_the_probe_gives_an_unseen_class_no_chance(caplog):

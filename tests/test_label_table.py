@@ -9,7 +9,7 @@ import pytest
 from dre_slcl.training.evaluation.embedding_table import make_table
 from dre_slcl.training.evaluation.label_table import make_tasks, read_labels
 from dre_slcl.training.evaluation.sites import find_sites
-from dre_slcl.training.evaluation.task_items import case_rule, make_items
+from dre_slcl.training.evaluation.task_items import case_rule, make_items, share_cases
 
 
 def labels_of(tmp_path, text, name="labels.csv"):
@@ -70,6 +70,7 @@ def test_kinds_are_guessed_from_values(tmp_path):
         "classification"
     ] * 2
     assert only(labels, "grade", kind="regression").targets[:3].tolist() == [1, 2, 3]
+    assert only(labels, "overall", time="OS_days", event="OS_event").task == "overall"
     survival = only(labels, time="OS_days", event="OS_event")
     assert survival.kind == "survival"
     assert survival.targets["time"][:3].tolist() == [0, 10, 20]
@@ -187,6 +188,15 @@ def test_a_label_that_one_slide_leaves_open_another_may_tell(tmp_path):
     torn = labels_of(tmp_path, "case_id,slide_id,TP53,EGFR\na,s1,1,\na,s2,0,0\nb,s3,,1\n")
     with pytest.raises(ValueError, match=r"a case must have one answer.*Found 1: a:"):
         make_items(table, torn, only(torn, "TP53", "EGFR"), level="case")
+
+
+def test_embeddings_tell_each_other_the_cases_of_their_slides():
+    one = make_table("one", ["s1", "s2"], ["a", ""], FEATURES[:2])
+    two = make_table("two", ["s2", "s3", "s1"], ["b", "", ""], FEATURES[:3])
+    assert [table.case_ids for table in share_cases([one, two])] == [["a", "b"], ["b", "", "a"]]
+    torn = make_table("torn", ["s1"], ["c"], FEATURES[:1])
+    with pytest.raises(ValueError, match=r"different cases of a slide. Found 1: s1: a and c \(torn\)"):
+        share_cases([one, torn])
 
 
 def test_sites_come_from_barcodes_or_a_column(tmp_path):

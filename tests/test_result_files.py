@@ -108,6 +108,9 @@ def test_tables_begin_with_the_main_score_and_end_with_null_rows(written):
     header, rows = result_table(results[0])
     assert header[:3] == ["method", "embeddings", "AUROC"]
     assert rows[-1][:2] == ["chance", "chance (null)"]
+    # The null rows of a method stand below it.
+    encoders = ["slides", "peer", "random weights (null)", "shuffled labels (null)"]
+    assert [row[:2] for row in rows[:8]] == [[method, name] for method in ("linear_probe", "knn") for name in encoders]
     first = results[0].rows[0].scores["auroc"]
     assert rows[0][2] == f"{first.value:.3f} [{first.interval[0]:.3f}, {first.interval[1]:.3f}]"
     header, _ = result_table(results[0], detailed=True)
@@ -166,11 +169,18 @@ def test_the_precision_recall_curve_is_scikit_learns(drawn, tmp_path):
 def test_the_halves_of_risk_are_those_of_scikit_survival(drawn, tmp_path):
     nonparametric = pytest.importorskip("sksurv.nonparametric")
     result = make_result("survival")
-    draw_result(result, tmp_path)
-    figure = next(figure for name, figure in drawn.items() if name.endswith("-survival"))
     items = result.rows[0].predictions
     risks = np.array([item["prediction"] for item in items])
     high = risks > np.median(risks)
+    # The second half of each class of risks is from a fold with risks on another scale.
+    for is_half in (high, ~high):
+        for place in np.flatnonzero(is_half)[15:]:
+            items[place] |= {"fold": "1", "prediction": risks[place] + 100}
+    for fold in ("0", "1"):  # what is above the median of all is above that of its fold
+        values = [item["prediction"] for item in items if item["fold"] == fold]
+        assert sum(value > np.median(values) for value in values) == 15
+    draw_result(result, tmp_path)
+    figure = next(figure for name, figure in drawn.items() if name.endswith("-survival"))
     times = np.array([item["truth"]["time"] for item in items])
     events = np.array([item["truth"]["event"] for item in items])
     x, share = nonparametric.kaplan_meier_estimator(events[high], times[high])

@@ -10,6 +10,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics
 
 from dre_slcl.training.evaluation import scores as scores_module
+from dre_slcl.training.evaluation.embedding_table import make_table
+from dre_slcl.training.evaluation.evaluate_task import Protocol, evaluate_task, prepare_task
+from dre_slcl.training.evaluation.label_table import make_tasks, read_labels
 from dre_slcl.training.evaluation.scores import (
     chance_scores,
     classification_scores,
@@ -167,3 +170,37 @@ def test_chance_is_what_saying_the_frequencies_of_every_item_scores():
 def test_scores_are_imported_without_the_seconds_that_evaluate_takes():
     code = "import sys; import dre_slcl.training.evaluation.scores; print('evaluate' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_risks_of_different_models_are_compared_within_their_group_only():
+    rng = np.random.default_rng(0)
+    times, events, groups = rng.exponential(size=60), rng.random(60) < 0.6, rng.choice(list("abc"), 60)
+    risks = np.round(rng.normal(size=60), 1) - times + 100 * (groups == "b")
+    pairs = [
+        (first, second)
+        for first in range(60)
+        for second in range(60)
+        if groups[first] == groups[second] and events[first] and times[first] < times[second]
+    ]
+    right = [np.sign(risks[first] - risks[second]) / 2 + 0.5 for first, second in pairs]
+    assert survival_scores(times, events, risks, groups=groups) == {"c_index": pytest.approx(np.mean(right))}
+    # Among all, the scale of a group's model counts as if it were its items' risk.
+    assert survival_scores(times, events, risks)["c_index"] < np.mean(right) - 0.05
+    assert survival_scores(times, events, risks, groups=[str(place) for place in range(60)]) == {}
+
+
+def test_a_label_without_a_score_is_told_of(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    flags = np.stack([np.arange(24) % 2, np.ones(24, dtype=int)], axis=1)
+    lines = [f"s{place},c{place},{first},{second}" for place, (first, second) in enumerate(flags)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide_id,case_id,EGFR,KRAS", *lines]))
+    labels = read_labels(tmp_path / "labels.csv")
+    (task,) = make_tasks(labels, ["EGFR", "KRAS"], kind="multilabel")
+    table = make_table("slides", labels.slide_ids, labels.case_ids, rng.normal(size=(24, 3)))
+    protocol = Protocol(methods=("knn",), num_folds=3, seeds=(0,), num_bootstrap=0, with_shuffled=False)
+    result = evaluate_task(prepare_task(table, labels, task, protocol), protocol, progress=False)
+    (note,) = result.protocol["notes"]
+    assert note.startswith("KRAS: its known held-out items are all alike")
+    assert note in caplog.text
+    assert "auroc/0" in result.rows[0].scores
+    assert "auroc/1" not in result.rows[0].scores

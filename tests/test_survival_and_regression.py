@@ -64,7 +64,7 @@ def test_cox_chooses_by_whole_cases_and_finds_nothing_where_nothing_is():
     assert concordance(targets[120:], head.predict(features[120:])) > 0.65
 
 
-def test_risks_of_folds_can_be_compared():
+def test_risks_are_relative_to_the_training_parts_mean():
     pytest.importorskip("sksurv")
     features, _, targets, case_ids = cohort()
     shifted = CoxHead().fit(features[:100] + 1000, targets[:100], case_ids[:100], 0)

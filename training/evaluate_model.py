@@ -17,7 +17,6 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from modeling_dre_slcl import DreSlclModel
 from modeling_dre_slcl.atomic_files import read_json
 
-from .evaluation.evaluate_arguments import DEFAULT_TEMPLATES
 from .evaluation_files import Evaluation, results_table, write_evaluation
 from .evaluation_tasks import Answers, EvaluationSetup, ReportEmbedder, answer_tasks, label_text
 from .random_baseline import random_baseline
@@ -25,6 +24,7 @@ from .reports import ReportEncoder
 from .tile_source import TileSource
 
 logger = logging.getLogger(__name__)
+DEFAULT_TEMPLATES = ("CLASSNAME.", "Diagnosis: CLASSNAME.", "Histologic type: CLASSNAME.", "A slide of CLASSNAME.")
 _LONGEST_REPORT_TOKENS = 1_000_000
 
 
@@ -261,7 +261,7 @@ def _run(args: argparse.Namespace) -> Evaluation:
         source_train=source_train,
         label_column=args.label_column,
         class_names=read_json(args.classes) if args.classes else None,
-        templates=args.templates,
+        templates=args.templates or DEFAULT_TEMPLATES,
         report_embeds_fn=report_embeds_fn,
         with_random_baseline=args.random_baseline and source_train is not None,
         seed=args.seed,

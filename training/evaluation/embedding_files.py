@@ -118,6 +118,9 @@ def _of_table(path: Path, table: "pa.Table | dict[str, list[Any]]", column: str 
         raise ValueError(f"{path}: has columns {names[:20]}; expected `slide_id` or `case_id` among them.")
     ids = text_column(id_name, cells(id_name))
     case_ids = text_column(keys["case_id"], cells(keys["case_id"])) if keys["case_id"] else [""] * len(ids)
+    if keys["slide_id"]:
+        # A slide stands for its case where a manifest named none, which says nothing of cases.
+        case_ids = ["" if case_id == id_ else case_id for id_, case_id in zip(ids, case_ids, strict=True)]
     vectors = _text_vectors(path, table, column) if is_text else _arrow_vectors(path, table, column)
     reasons = cells("reason") if "reason" in names else [None] * len(ids)
     kept = [row for row, vector in enumerate(vectors) if vector is not None]
@@ -144,8 +147,7 @@ def _arrow_vectors(path: Path, table: "pa.Table", column: str | None) -> list[np
     if column is None and _OWN_VECTOR in lists:
         column = _OWN_VECTOR
     if column in lists or (column is None and len(lists) == 1):
-        cells = table[column or next(iter(lists))].to_pylist()
-        return [None if cell is None else _vector(cell) for cell in cells]
+        return _list_cells(table[column or next(iter(lists))])
     numbers = [
         field.name for field in table.schema if pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
     ]
@@ -175,8 +177,19 @@ def _text_vectors(path: Path, table: dict[str, list[str]], column: str | None) -
     raise _which_column(path, column, lists)
 
 
-def _vector(cell: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in cell], dtype=np.float64)
+def _list_cells(column: "pa.ChunkedArray") -> list[np.ndarray | None]:
+    """The vector of each row, `None` where there is none, without a detour over Python numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
+    numbers = pc.list_flatten(column).to_numpy().astype(np.float64)  # null: NaN
+    widths = pc.list_value_length(column).to_pylist()
+    ends = np.cumsum([width or 0 for width in widths])
+    return [
+        None if width is None else numbers[end - width : end] for width, end in zip(widths, ends.tolist(), strict=True)
+    ]
 
 
 def _looks_like_vector(cell: str) -> bool:

@@ -3,7 +3,6 @@
 
 import argparse
 
-DEFAULT_TEMPLATES = ("CLASSNAME.", "Diagnosis: CLASSNAME.", "Histologic type: CLASSNAME.", "A slide of CLASSNAME.")
 KINDS = ("classification", "multilabel", "regression", "survival")
 
 
@@ -26,7 +25,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_input(parser.add_argument_group("embeddings and labels"))
     _add_protocol(parser.add_argument_group("protocol for embeddings"))
-    _add_model(parser.add_argument_group("model and slide dataset"))
+    _add_model(parser.add_argument_group("model, for a slide dataset and for text"))
 
 
 def _add_input(group: "argparse._ArgumentGroup") -> None:
@@ -39,6 +38,12 @@ def _add_input(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--labels", metavar="FILE", help=".csv, .tsv or .parquet with slide_id and/or case_id")
     group.add_argument("--task", nargs="+", default=[], metavar="COLUMN", help="label columns")
     group.add_argument("--kind", choices=KINDS, help="kind of task (default: guessed from the values)")
+    group.add_argument(
+        "--reports",
+        metavar="FILE",
+        help="table of slide_id or case_id and report: do slides find their reports, and reports their slides? Needs "
+        "--model, which made the embeddings",
+    )
     group.add_argument("--time", metavar="COLUMN", help="survival: time to the event or the last contact")
     group.add_argument("--event", metavar="COLUMN", help="survival: 1 where the event was seen, else 0")
     group.add_argument("--pool", choices=("mean",), help="features of tiles become embeddings of slides by their mean")
@@ -65,7 +70,9 @@ def _add_protocol(group: "argparse._ArgumentGroup") -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="linear_probe, knn, prototypes, few_shot, mlp ... (default: the quick ones of the kind)",
+        help="linear_probe, knn, prototypes, few_shot, mlp; ridge; cox; slide_retrieval; with --model zero_shot, "
+        "fine_tuning "
+        "(default: the quick ones of the kind)",
     )
     folds = group.add_mutually_exclusive_group()
     folds.add_argument("--folds", type=int, default=5, metavar="N", help="stratified folds by case (%(default)s)")
@@ -87,12 +94,15 @@ def _add_protocol(group: "argparse._ArgumentGroup") -> None:
 
 def _add_model(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--model", metavar="DIR|REPO", help="the trained model")
+    group.add_argument(
+        "--tile-features", metavar="DIR", help="for fine_tuning (default: those of `dre-slcl embed` in --embeddings)"
+    )
     group.add_argument("--dataset", metavar="DIR|REPO", help="slide dataset, from `dre-slcl tiles`")
     group.add_argument("--split", default="test", help="held-out split (%(default)s)")
     group.add_argument("--train-split", default="train", help="for probe and baseline; '' for neither (%(default)s)")
     group.add_argument("--label-column", metavar="NAME", help="column with classes; without it, reports only")
     group.add_argument("--classes", metavar="FILE.json", help="class -> list of its names (default: the labels)")
-    group.add_argument("--templates", nargs="+", default=DEFAULT_TEMPLATES, help="prompts with the token CLASSNAME")
+    group.add_argument("--templates", nargs="+", help="prompts with the token CLASSNAME")
     group.add_argument("--text-model", metavar="DIR|REPO", help="reads reports, if the model has no text model")
     group.add_argument("--max-report-tokens", type=int, default=512, help="for --text-model (%(default)s)")
     group.add_argument("--slides-root", metavar="DIR", help="folder of the slides, for a dataset of coordinates only")

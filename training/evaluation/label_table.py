@@ -130,7 +130,7 @@ def make_tasks(
 
     Args:
         labels (`LabelTable`): the file.
-        columns (sequence of `str`): label columns; for survival none.
+        columns (sequence of `str`): label columns; for survival none, or the name of the task.
         kind (`str`, *optional*): "classification", "multilabel", "regression" or "survival".
         time (`str`, *optional*), event (`str`, *optional*): columns of a survival task.
         name (`str`, *optional*): of a survival or multi-label task.
@@ -141,10 +141,11 @@ def make_tasks(
     Raises:
         ValueError: if a column is not there, values do not fit the kind, or there are fewer than two classes.
     """
-    for column in (*columns, *(text for text in (time, event) if text)):
+    is_survival = kind == "survival" or bool(time or event)
+    for column in [text for text in (time, event) if text] if is_survival else columns:
         if column not in labels.columns:
             raise ValueError(f"{labels.path}: has no column `{column}`; it has {', '.join(labels.columns)}.")
-    if kind == "survival" or time or event:
+    if is_survival:
         if kind not in (None, "survival") or not (time and event):
             raise ValueError("A survival task needs --time and --event, the columns of both, and no other kind.")
         return [_survival(labels, time, event, name or (columns[0] if columns else f"survival ({time})"))]

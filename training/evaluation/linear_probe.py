@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -71,8 +71,9 @@ def fit_linear_probe(
     """Fits a logistic regression on standardised embeddings, classes weighted evenly.
 
     Its regularisation is chosen by cross-validation that keeps the slides of a case together, or on the validation
-    part: the strongest with the best balanced accuracy over all predictions made for that. With fewer than two cases
-    of a class, and no validation part, it is 1.
+    part: that with the lowest log loss, classes weighted evenly, over all predictions made for that. Log loss chooses
+    more steadily than balanced accuracy, which many strengths share, and keeps the probabilities of different folds
+    comparable. With fewer than two cases of a class, and no validation part, it is 1.
 
     Args:
         embeddings (`np.ndarray` of shape `(n, D)`, float32): of the training slides.
@@ -148,20 +149,28 @@ def _choose_strength(
     is_validation: np.ndarray | None,
 ) -> float:
     strata = np.unique(labels, return_inverse=True)[1]
-    predicted, right = {strength: [] for strength in INVERSE_REGULARISATIONS}, []
+    num_classes = int(strata.max()) + 1
+    stated, right = {strength: [] for strength in INVERSE_REGULARISATIONS}, []
     for fitted, held in inner_splits(strata, case_ids, seed, is_validation):
-        if len(np.unique(labels[fitted])) < 2:
+        if len(np.unique(strata[fitted])) < 2:
             continue
         scaler = StandardScaler().fit(embeddings[fitted])
         known, unknown = scaler.transform(embeddings[fitted]), scaler.transform(embeddings[held])
         # Each fit starts at the one before, which is near: the same answer in a third of the time.
         probe = LogisticRegression(class_weight="balanced", max_iter=2000, warm_start=True)
         for strength in INVERSE_REGULARISATIONS:
-            probe.set_params(C=strength).fit(known, labels[fitted])
-            predicted[strength].append(probe.predict(unknown))
-        right.append(labels[held])
+            probe.set_params(C=strength).fit(known, strata[fitted])
+            stated[strength].append(spread_classes(probe.predict_proba(unknown), probe.classes_, num_classes))
+        right.append(strata[held])
     if not right:
         return 1.0
     truth = np.concatenate(right)
-    scores = [balanced_accuracy_score(truth, np.concatenate(parts)) for parts in predicted.values()]
-    return INVERSE_REGULARISATIONS[int(np.argmax(scores))]
+    weights = 1 / np.bincount(truth, minlength=num_classes)[truth]
+    options = {"sample_weight": weights, "labels": range(num_classes)}
+    losses = [log_loss(truth, _even(np.concatenate(parts)), **options) for parts in stated.values()]
+    return INVERSE_REGULARISATIONS[int(np.argmin(losses))]
+
+
+def _even(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities that sum to 1 in float64 too, though they were computed in float32."""
+    return probabilities / probabilities.sum(axis=1, keepdims=True)

@@ -10,7 +10,6 @@ Letters: n items, r held-out items of one seed, C classes, L labels, B bootstrap
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from .task_result import MethodResult, Score
 from .weighted_scores import weighted_classification, weighted_multilabel
 
 _PROBABILITIES = ("classification", "multilabel")
+_WEIGHTS_AT_ONCE = 4_000_000  # of samples x items: 32 MB for each of a few arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def evaluate_method(
 ) -> MethodRun:
     """As `run_method`, and keeps the scores of every bootstrap sample."""
     held_out, chosen = predict_folds(method, table, labels, folds, seeds, progress=progress)
-    by_run = [score_predictions(labels, one.rows, one.predictions) for one in held_out]
+    by_run = [score_predictions(labels, one.rows, one.predictions, folds=one.folds) for one in held_out]
     names = [name for name in by_run[0] if all(name in scores for scores in by_run)]
     samples = _bootstrap(table, labels, held_out, names, num_bootstrap)
     scores = {}
@@ -146,7 +146,6 @@ def predict_folds(
     Returns:
         `tuple`: predictions of each seed and episode, and what the method chose in each fold.
     """
-    takes_validation = "is_validation" in inspect.signature(method.fit).parameters
     held_out, chosen = [], []
     for seed in seeds:
         of_seed = [fold for fold in folds if fold.seed in (None, seed)]
@@ -155,17 +154,12 @@ def predict_folds(
         for episode in range(getattr(method, "num_episodes", 1)):
             rows, names, predictions = [], [], []
             for place, fold in enumerate(of_seed):
-                fitted = np.concatenate([fold.train, fold.validation])
-                options = {}
-                if takes_validation and len(fold.validation):
-                    options["is_validation"] = np.arange(len(fitted)) >= len(fold.train)
-                case_ids = [table.case_ids[row] for row in fitted]
                 fit_seed = int(np.random.SeedSequence([seed, place, episode]).generate_state(1)[0] & 0x7FFFFFFF)
                 head = copy.deepcopy(method)
-                # Features were checked when they were read, and looking again would take as long as a small fit.
-                with sklearn.config_context(assume_finite=True, skip_parameter_validation=True), one_thread():
-                    head.fit(table.features[fitted], labels.targets[fitted], case_ids, fit_seed, **options)
-                    found = np.asarray(head.predict(table.features[fold.test]), dtype=np.float64)
+                try:
+                    found = _fit_and_predict(head, table, labels, fold, fit_seed)
+                except ValueError as error:
+                    raise ValueError(f"{method.name}, fold {fold.name}, seed {seed}: {error}") from error
                 _check_predictions(method.name, labels, found, len(fold.test))
                 rows.append(fold.test)
                 names += [fold.name] * len(fold.test)
@@ -179,6 +173,19 @@ def predict_folds(
     return held_out, chosen
 
 
+def _fit_and_predict(head: Any, table: EmbeddingTable, labels: TaskLabels, fold: Fold, fit_seed: int) -> np.ndarray:
+    """Predictions of a fold's test part; a method that has no use for a validation part learns from it too."""
+    fitted = np.concatenate([fold.train, fold.validation])
+    options = {}
+    if getattr(head, "uses_validation", False) and len(fold.validation):
+        options["is_validation"] = np.arange(len(fitted)) >= len(fold.train)
+    case_ids = [table.case_ids[row] for row in fitted]
+    # Features were checked when they were read, and looking again would take as long as a small fit.
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True), one_thread():
+        head.fit(table.features[fitted], labels.targets[fitted], case_ids, fit_seed, **options)
+        return np.asarray(head.predict(table.features[fold.test]), dtype=np.float64)
+
+
 def _check_predictions(name: str, labels: TaskLabels, found: np.ndarray, count: int) -> None:
     shape = (count, len(labels.classes)) if labels.kind in _PROBABILITIES else (count,)
     if found.shape != shape or not np.isfinite(found).all():
@@ -189,7 +196,12 @@ def _check_predictions(name: str, labels: TaskLabels, found: np.ndarray, count: 
 
 
 def score_predictions(
-    labels: TaskLabels, rows: np.ndarray, predictions: np.ndarray, names: Collection[str] | None = None
+    labels: TaskLabels,
+    rows: np.ndarray,
+    predictions: np.ndarray,
+    names: Collection[str] | None = None,
+    *,
+    folds: Sequence[str] | np.ndarray | None = None,
 ) -> dict[str, float]:
     """Scores predictions of some items by the functions of `scores`.
 
@@ -198,6 +210,7 @@ def score_predictions(
         rows (`np.ndarray` of shape `(r,)`, int): the items predicted.
         predictions (`np.ndarray` of shape `(r, C)`, `(r, L)` or `(r,)`, float): of these.
         names (collection of `str`, *optional*): the scores wanted.
+        folds (sequence of `str`, *optional*): of these; risks, which have no common scale, are compared within a fold.
 
     Returns:
         `dict`: score -> value; what these items leave undefined is not there.
@@ -209,7 +222,7 @@ def score_predictions(
         return multilabel_scores(truth, predictions, names=names)
     if labels.kind == "regression":
         return regression_scores(truth, predictions, names=names)
-    return survival_scores(truth["time"], truth["event"], predictions, names=names)
+    return survival_scores(truth["time"], truth["event"], predictions, groups=folds, names=names)
 
 
 def bootstrap_strata(labels: TaskLabels) -> np.ndarray | None:
@@ -230,10 +243,13 @@ def _bootstrap(
         return {}
     totals = {name: np.zeros(num_bootstrap) for name in names}
     for one in held_out:
-        weights = drawn[:, np.searchsorted(items, one.rows)]
-        found = _score_samples(labels, one, weights, names)
-        for name in names:
-            totals[name] += found.get(name, np.nan) / len(held_out)
+        places = np.searchsorted(items, one.rows)
+        at_once = max(1, _WEIGHTS_AT_ONCE // len(places))
+        for start in range(0, num_bootstrap, at_once):
+            part = slice(start, start + at_once)
+            found = _score_samples(labels, one, drawn[part][:, places], names)
+            for name in names:
+                totals[name][part] += found.get(name, np.nan) / len(held_out)
     return totals
 
 
@@ -245,9 +261,12 @@ def _score_samples(
         return weighted_classification(truth, one.predictions, weights, is_ordered=labels.is_ordered)
     if labels.kind == "multilabel":
         return weighted_multilabel(truth, one.predictions, weights)
-    return score_samples(
-        lambda sample: score_predictions(labels, one.rows[sample], one.predictions[sample], names), weights
-    )
+    folds = np.asarray(one.folds)
+
+    def score(sample: np.ndarray) -> dict[str, float]:
+        return score_predictions(labels, one.rows[sample], one.predictions[sample], names, folds=folds[sample])
+
+    return score_samples(score, weights)
 
 
 def _scores_by_fold(labels: TaskLabels, held_out: Sequence[HeldOut]) -> list[dict[str, Any]]:

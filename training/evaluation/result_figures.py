@@ -76,7 +76,7 @@ def draw_result(result: TaskResult, folder: Path, name: str | None = None) -> li
         keep(
             "survival",
             draw_kaplan_meier(main, result, path("survival")),
-            f"Kaplan-Meier curves of the held-out items, halved by the risk that {what} predicts{seed}.",
+            f"Kaplan-Meier curves of the held-out items, each fold halved by the risk that {what} predicts{seed}.",
         )
     if result.kind == "regression":
         keep("predictions", draw_scatter(main, result, path("predictions")), f"What {what} predicts{seed}.")
@@ -129,7 +129,7 @@ def draw_forest(result: TaskResult, out_path: Path) -> bool:
             axes.plot([score.value], [place], marker, color=colour, markersize=5 if row.is_null else 6.5)
             axes.annotate(
                 score_text(score), (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center",
-                color=colour if row.is_null else "#222222",
+                color=_GREY if row.is_null else "#222222",
             )  # fmt: skip
             ticks.append(place)
             names.append(f"{method}, {row.encoder}")
@@ -143,7 +143,7 @@ def draw_forest(result: TaskResult, out_path: Path) -> bool:
             textcoords="offset points", fontsize=8, color=_GREY, ha="center",
         )  # fmt: skip
     axes.set_yticks(ticks, names, fontsize=8.5)
-    axes.set_ylim(place - 0.2, -0.8)
+    axes.set_ylim(ticks[-1] + 0.8, -0.8)
     better = ", lower is better" if is_lower_better(metric) else ""
     axes.set_xlabel(f"{result.task}: {score_title(metric, result)}{better}")
     tidy_axes(axes)
@@ -227,7 +227,7 @@ def _mark_whole_training(axes: Axes, result: TaskResult) -> None:
 
 
 def draw_kaplan_meier(row: MethodResult, result: TaskResult, out_path: Path) -> bool:
-    """Draws the survival of the items with the higher and with the lower half of risks.
+    """Draws the survival of the items with the higher and with the lower half of risks of their fold.
 
     Args:
         row (`MethodResult`): the row, of a survival task.
@@ -241,7 +241,11 @@ def draw_kaplan_meier(row: MethodResult, result: TaskResult, out_path: Path) -> 
     times = np.array([item["truth"]["time"] for item in items], dtype=float)
     events = np.array([item["truth"]["event"] for item in items], dtype=bool)
     risks = np.array([item["prediction"] for item in items], dtype=float)
-    is_high = risks > np.median(risks)
+    # Risks of different folds, each of a model of its own, have no common scale.
+    folds = np.array([item["fold"] for item in items])
+    is_high = np.zeros(len(items), dtype=bool)
+    for fold in np.unique(folds):
+        is_high[folds == fold] = risks[folds == fold] > np.median(risks[folds == fold])
     if not is_high.any() or is_high.all():
         return False
     estimate = import_survival("sksurv.nonparametric").kaplan_meier_estimator

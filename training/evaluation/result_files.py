@@ -37,8 +37,8 @@ _PREDICTIONS = pa.schema(
 )
 _EXPLANATION = """\
 Brackets: 95% intervals over samples of whole cases. They say how a score varies with the choice of cases, not with
-another cohort; with few cases they are too narrow. Rows below "embeddings" that are null rows show what is reached
-without the embeddings' own merit: chance says the same of every item.
+another cohort; with few cases they are too narrow. Null rows show what is reached without the embeddings' own merit;
+chance says the same of every item.
 """
 
 
@@ -73,7 +73,7 @@ def write_results(out: Path, results: Sequence[TaskResult]) -> None:
 
 
 def results_markdown(results: Sequence[TaskResult]) -> str:
-    """A table for each task, rows as they are, one column per score; scores of classes or labels in a second table.
+    """A table for each task, see `result_table`; scores of classes or labels are in a second table.
 
     Args:
         results (sequence of `TaskResult`): what was found.
@@ -88,7 +88,7 @@ def results_markdown(results: Sequence[TaskResult]) -> str:
 
 
 def result_table(result: TaskResult, *, detailed: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a task's table, as text; null rows say so.
+    """Header and rows of a task's table, as text; the rows of a method together, null rows say so.
 
     Args:
         result (`TaskResult`): the task.
@@ -96,8 +96,9 @@ def result_table(result: TaskResult, *, detailed: bool = False) -> tuple[list[st
     """
     names = score_names(result, detailed=detailed)
     header = ["method", "embeddings", *(score_title(name, result) for name in names)]
+    methods = list(dict.fromkeys(row.method for row in result.rows))
     rows = []
-    for row in result.rows:
+    for row in sorted(result.rows, key=lambda row: methods.index(row.method)):
         if any(name in row.scores for name in names):
             encoder = f"{row.encoder} (null)" if row.is_null else row.encoder
             rows.append([row.method, encoder, *(score_text(row.scores.get(name)) for name in names)])

@@ -60,11 +60,10 @@ def _blocks(result: TaskResult, drawn: list[tuple[Path, str]]) -> list[Block]:
     # Wide pictures stand alone, the others in pairs.
     wide = [picture for picture in shown if Path(picture.path).stem.endswith(("-methods", "-few_shot"))]
     narrow = [picture for picture in shown if picture not in wide]
-    blocks += wide[:1]
+    blocks += wide
+    blocks += [PictureRow(narrow[place : place + 2]) for place in range(0, len(narrow), 2)]
     header, rows = result_table(result)
     blocks.append(Table(header, rows, caption=_INTERVALS))
-    blocks += wide[1:]
-    blocks += [PictureRow(narrow[place : place + 2]) for place in range(0, len(narrow), 2)]
     if score_names(result, detailed=True):
         header, rows = result_table(result, detailed=True)
         blocks.append(Table(header, rows, caption="Scores of single classes or labels."))

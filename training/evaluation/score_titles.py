@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How scores are called and written in tables and pictures."""
 
+import re
+
 from .scores import LOWER_IS_BETTER
 from .task_result import Score, TaskResult
 
@@ -21,6 +23,9 @@ _TITLES = {
     "mean_average_precision": "mean average precision",
     "median_rank": "median rank",
 }
+# Scores of the first k of a gallery, such as "acc@5".
+_AT = re.compile(r"^(acc|mvacc|map)(@\d+)$")
+_AT_TITLES = {"acc": "Acc", "mvacc": "MVAcc", "map": "mAP"}
 
 
 def score_title(name: str, result: TaskResult) -> str:
@@ -31,7 +36,7 @@ def score_title(name: str, result: TaskResult) -> str:
         result (`TaskResult`): whose it is.
     """
     base, _, column = name.partition("/")
-    title = _TITLES.get(base, base.replace("_", " "))
+    title = _TITLES.get(base, _AT.sub(lambda match: _AT_TITLES[match[1]] + match[2], base).replace("_", " "))
     if not column:
         return title
     is_place = column.isdigit() and int(column) < len(result.classes)

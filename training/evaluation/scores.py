@@ -10,7 +10,7 @@ Letters: n items, C classes, L labels.
 
 import importlib
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,7 +146,12 @@ def regression_scores(
 
 
 def survival_scores(
-    times: np.ndarray, events: np.ndarray, risks: np.ndarray, *, names: Collection[str] | None = None
+    times: np.ndarray,
+    events: np.ndarray,
+    risks: np.ndarray,
+    *,
+    groups: Sequence[str] | np.ndarray | None = None,
+    names: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Scores predicted risks.
 
@@ -154,6 +159,8 @@ def survival_scores(
         times (`np.ndarray` of shape `(n,)`, float): to the event or to the end of observation, in any one unit.
         events (`np.ndarray` of shape `(n,)`, bool): whether the event was seen; else the item is censored.
         risks (`np.ndarray` of shape `(n,)`, float): higher for an earlier event.
+        groups (sequence of `str`, *optional*): of each item; only pairs within a group are compared, since risks of
+            different models have different scales.
         names (collection of `str`, *optional*): the scores wanted; by default all.
 
     Returns:
@@ -163,16 +170,32 @@ def survival_scores(
     Raises:
         ImportError: if scikit-survival is not installed; it names the extra.
     """
+    if not _is_wanted("c_index", names):
+        return {}
+    times, events, risks = np.asarray(times), np.asarray(events, dtype=bool), np.asarray(risks)
+    groups = np.zeros(len(events)) if groups is None else np.asarray(groups)
+    pairs = np.sum([_count_pairs(times[inside], events[inside], risks[inside]) for inside in _each(groups)], axis=0)
+    right, wrong, tied = np.broadcast_to(pairs, 3)
+    compared = right + wrong + tied
+    return {"c_index": float((right + tied / 2) / compared)} if compared else {}
+
+
+def _each(groups: np.ndarray) -> Iterator[np.ndarray]:
+    """Which items are in each group."""
+    yield from (groups == group for group in np.unique(groups))
+
+
+def _count_pairs(times: np.ndarray, events: np.ndarray, risks: np.ndarray) -> tuple[int, int, int]:
+    """Comparable pairs whose order is right, wrong, and open since their risks are equal."""
     concordance_index_censored = import_survival("sksurv.metrics").concordance_index_censored
     no_comparable_pair = import_survival("sksurv.exceptions").NoComparablePairException
-    events = np.asarray(events, dtype=bool)
-    if not _is_wanted("c_index", names) or len(events) < 2 or not events.any():
-        return {}
+    if len(events) < 2 or not events.any():
+        return 0, 0, 0
     try:
         with _fast():
-            return {"c_index": float(concordance_index_censored(events, np.asarray(times), np.asarray(risks))[0])}
+            return concordance_index_censored(events, times, risks)[1:4]
     except no_comparable_pair:
-        return {}
+        return 0, 0, 0
 
 
 def import_survival(module: str) -> Any:

@@ -25,8 +25,8 @@ class CoxHead:
     """Proportional hazards with an elastic net on standardised features.
 
     Its regularisation is chosen on the validation part, or else on folds of whole cases within the training part, by
-    the concordance index; then it is fitted once more on both. A prediction is the log hazard relative to the training
-    part's mean features, so that risks of several folds can be compared.
+    the concordance index; then it is fitted once more on both. A prediction is the log hazard relative to that of the
+    training part's mean features.
 
     Args:
         l1_ratio (`float`, defaults to 0.1): share of the L1 norm in the penalty; embeddings are dense, so it is small.

@@ -104,7 +104,7 @@ def find_cases(table: EmbeddingTable, labels: LabelTable, pattern: "re.Pattern[s
     found, unknown, wrong = [], [], []
     for id_, own in zip(table.ids, table.case_ids, strict=True):
         case_id = told.get(id_) or own
-        if told.get(id_) and own and own != told[id_] and own != id_:
+        if told.get(id_) and own and own != told[id_]:
             wrong.append(f"{id_}: {own} and {told[id_]}")
         if not case_id and pattern is not None:
             match = pattern.match(id_)
@@ -119,6 +119,25 @@ def find_cases(table: EmbeddingTable, labels: LabelTable, pattern: "re.Pattern[s
         unknown,
     )
     return found
+
+
+def share_cases(tables: Sequence[EmbeddingTable]) -> list[EmbeddingTable]:
+    """Tells each table the cases that another one knows: files of single slides name none.
+
+    Args:
+        tables (sequence of `EmbeddingTable`): of the same slides, more or less.
+
+    Raises:
+        ValueError: naming the slides of which two tables know different cases.
+    """
+    told: dict[str, str] = {}
+    wrong = []
+    for table in tables:
+        for id_, case_id in zip(table.ids, table.case_ids, strict=True):
+            if case_id and told.setdefault(id_, case_id) != case_id:
+                wrong.append(f"{id_}: {told[id_]} and {case_id} ({table.name})")
+    raise_offenders("The embeddings name different cases of a slide", wrong)
+    return [replace(table, case_ids=[told.get(id_, "") for id_ in table.ids]) for table in tables]
 
 
 def _by_slide(table: EmbeddingTable, labels: LabelTable, task: TaskLabels) -> tuple[EmbeddingTable, TaskLabels, str]:

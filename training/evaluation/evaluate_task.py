@@ -2,6 +2,7 @@
 """Embeddings and a label file -> the results of every task, each row beside its null rows."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,9 @@ from .label_table import LabelTable, TaskLabels
 from .methods import make_methods, smallest_class_size
 from .null_rows import chance_row, shuffled_row, with_differences
 from .protocol import MethodRun, evaluate_method
-from .scores import MAIN_METRIC
+from .scores import MAIN_METRIC, undefined_labels
 from .sites import find_sites
-from .task_items import case_rule, find_cases, make_items
+from .task_items import case_rule, find_cases, make_items, share_cases
 from .task_result import MethodResult, TaskResult
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,34 @@ class Protocol:
     with_shuffled: bool = True
 
 
-def evaluate_embeddings(
+@dataclass(frozen=True, eq=False)
+class PreparedTask:
+    """A task of which everything is settled but the methods.
+
+    Args:
+        tables (`list` of `EmbeddingTable`): the embeddings, then peers, then baselines, all of the same items.
+        num_peers (`int`): how many are peers.
+        labels (`TaskLabels`): answers of the items.
+        level (`str`): "slide" or "case".
+        folds (`list` of `Fold`), folds_from (`dict`): of the items, and where they come from.
+        sites (`list` of `str`, *optional*): of the items.
+    """
+
+    tables: list[EmbeddingTable]
+    num_peers: int
+    labels: TaskLabels
+    level: str
+    folds: list[Fold]
+    folds_from: dict[str, Any]
+    sites: list[str] | None
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """The items in a test part, int."""
+        return np.unique(np.concatenate([fold.test for fold in self.folds]))
+
+
+def prepare_task(
     table: EmbeddingTable,
     labels: LabelTable,
     task: TaskLabels,
@@ -65,9 +93,8 @@ def evaluate_embeddings(
     *,
     baselines: Sequence[EmbeddingTable] = (),
     peers: Sequence[EmbeddingTable] = (),
-    progress: bool = True,
-) -> TaskResult:
-    """Evaluates embeddings on one task.
+) -> PreparedTask:
+    """Joins embeddings and labels, and divides the items.
 
     Args:
         table (`EmbeddingTable`): the embeddings.
@@ -77,6 +104,27 @@ def evaluate_embeddings(
         baselines (sequence of `EmbeddingTable`): embeddings without merit of their own, such as those of a random
             encoder or means of tiles, for null rows.
         peers (sequence of `EmbeddingTable`): embeddings of other encoders, for rows beside.
+
+    Raises:
+        ValueError: if labels, folds and embeddings do not fit together; it says how to mend that.
+    """
+    rule = case_rule(protocol.case_pattern)
+    every = share_cases((table, *peers, *baselines))
+    joined = [make_items(one, labels, task, level=protocol.level, pattern=rule) for one in every]
+    tables, items, level = _common_items(joined)
+    sites = None
+    if protocol.preserve_sites or protocol.site_column:
+        sites = find_sites(tables[0], labels, protocol.site_column)
+    folds, origin = _folds(every[0], tables[0], labels, items, protocol, sites)
+    return PreparedTask(tables, len(peers), items, level, folds, origin, sites)
+
+
+def evaluate_task(prepared: PreparedTask, protocol: Protocol, *, progress: bool = True) -> TaskResult:
+    """Runs every method on every table of embeddings.
+
+    Args:
+        prepared (`PreparedTask`): from `prepare_task`.
+        protocol (`Protocol`): how.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Returns:
@@ -84,31 +132,30 @@ def evaluate_embeddings(
         bootstrap samples.
 
     Raises:
-        ValueError: if labels, folds and embeddings do not fit together; it says how to mend that.
+        ValueError: if a method cannot do this kind of task, or a training part is too small for it.
     """
-    rule = case_rule(protocol.case_pattern)
-    joined = [make_items(one, labels, task, level=protocol.level, pattern=rule) for one in (table, *peers, *baselines)]
-    tables, items, level = _common_items(joined)
-    sites = None
-    if protocol.preserve_sites or protocol.site_column:
-        sites = find_sites(tables[0], labels, protocol.site_column)
-    folds, origin = _folds(table, tables[0], labels, items, protocol, sites)
-    train_parts = [fold.train for fold in folds]
-    smallest = smallest_class_size(items, tables[0].case_ids, train_parts) if task.kind == "classification" else None
-    methods, notes = make_methods(items, protocol.methods, smallest)
+    labels, items, folds = prepared.labels, prepared.tables[0], prepared.folds
+    smallest = None
+    if labels.kind == "classification":
+        smallest = smallest_class_size(labels, items.case_ids, [fold.train for fold in folds])
+    methods, notes = make_methods(labels, protocol.methods, smallest)
+    if not methods:
+        raise ValueError(f"Task {labels.task}: no method is left; {notes[0]}.")
+    if labels.kind == "multilabel":
+        alike = undefined_labels(labels.targets[prepared.held_out])
+        notes += [f"{labels.classes[place]}: its known held-out items are all alike, so no score" for place in alike]
     for note in notes:
-        logger.warning("Task %s: left out %s", task.task, note)
-    rows = _rows(methods, tables, items, folds, protocol, num_peers=len(peers), progress=progress)
-    held_out = np.unique(np.concatenate([fold.test for fold in folds]))
+        logger.warning("Task %s: left out %s", labels.task, note)
+    rows = _rows(methods, prepared, protocol, progress=progress)
     return TaskResult(
-        task=task.task,
-        kind=task.kind,
-        rows=[*rows, chance_row(items, folds)],
-        main_metric=MAIN_METRIC[task.kind],
-        classes=items.classes,
-        num_items=len(held_out),
-        num_cases=len({tables[0].case_ids[row] for row in held_out}),
-        protocol=_describe(protocol, tables, items, folds, sites, level) | {"folds_from": origin, "notes": notes},
+        task=labels.task,
+        kind=labels.kind,
+        rows=[*rows, chance_row(labels, folds)],
+        main_metric=MAIN_METRIC[labels.kind],
+        classes=labels.classes,
+        num_items=len(prepared.held_out),
+        num_cases=len({items.case_ids[row] for row in prepared.held_out}),
+        protocol={**_describe(protocol, prepared), "folds_from": prepared.folds_from, "notes": notes},
     )
 
 
@@ -176,20 +223,12 @@ def _cases(source: EmbeddingTable, labels: LabelTable, protocol: Protocol) -> li
     return find_cases(source, labels, case_rule(protocol.case_pattern))
 
 
-def _rows(
-    methods: Sequence[Any],
-    tables: Sequence[EmbeddingTable],
-    labels: TaskLabels,
-    folds: Sequence[Fold],
-    protocol: Protocol,
-    *,
-    num_peers: int,
-    progress: bool,
-) -> list[MethodResult]:
+def _rows(methods: Sequence[Any], prepared: PreparedTask, protocol: Protocol, *, progress: bool) -> list[MethodResult]:
     """Rows of the embeddings, then of peers, then null rows; all of a method on the same samples."""
-    per_method = len(tables) + protocol.with_shuffled
-    fits = [len([f for f in folds if f.seed in (None, seed)]) for seed in protocol.seeds]
-    total = per_method * sum(getattr(method, "num_episodes", 1) * sum(fits) for method in methods)
+    tables, labels, folds, num_peers = prepared.tables, prepared.labels, prepared.folds, prepared.num_peers
+    fits = sum(len([fold for fold in folds if fold.seed in (None, seed)]) for seed in protocol.seeds)
+    episodes = sum(getattr(method, "num_episodes", 1) for method in methods)
+    total = (len(tables) + protocol.with_shuffled) * episodes * fits
     ours, beside, null = [], [], []
     with tqdm(total=total, desc=labels.task, unit="fit", disable=not progress) as bar:
         for method in methods:
@@ -207,27 +246,18 @@ def _rows(
     return [*ours, *beside, *null]
 
 
-def _describe(
-    protocol: Protocol,
-    tables: Sequence[EmbeddingTable],
-    labels: TaskLabels,
-    folds: Sequence[Fold],
-    sites: Sequence[str] | None,
-    level: str,
-) -> dict[str, Any]:
+def _describe(protocol: Protocol, prepared: PreparedTask) -> dict[str, Any]:
     """The protocol, ready for JSON; no paths of this machine."""
-    reasons: dict[str, int] = {}
-    for item in tables[0].left_out:
-        reasons[item["reason"]] = reasons.get(item["reason"], 0) + 1
+    left_out = prepared.tables[0].left_out
     return {
-        "level": level,
-        "embeddings": [{"name": one.name, "width": one.features.shape[1]} for one in tables],
-        "num_folds": len({fold.name for fold in folds}),
+        "level": prepared.level,
+        "embeddings": [{"name": one.name, "width": one.features.shape[1]} for one in prepared.tables],
+        "num_folds": len({fold.name for fold in prepared.folds}),
         "seeds": list(protocol.seeds),
         "num_bootstrap": protocol.num_bootstrap,
         "case_pattern": protocol.case_pattern,
-        "num_sites": None if sites is None else len(set(sites)),
-        "balance": describe_folds(folds, labels, sites),
-        "left_out": tables[0].left_out,
-        "left_out_reasons": reasons,
+        "num_sites": None if prepared.sites is None else len(set(prepared.sites)),
+        "balance": describe_folds(prepared.folds, prepared.labels, prepared.sites),
+        "left_out": left_out,
+        "left_out_reasons": dict(Counter(item["reason"] for item in left_out)),
     }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DRE-SLCL's parts beside those of others: aggregators of tile features, and ways of embedding a folder of slides.
 
-    python benchmarks/peers.py           # under four minutes on two idle cores; needs the extra `peers` (torchmil) and h5py
+    python benchmarks/peers.py           # under four minutes on two idle cores; needs the extra `peers`
     python benchmarks/peers.py --full    # all tasks, more seeds, slides, tiles and epochs; about an hour
 
 Features are synthetic with a known structure (`peers_features`), not those of a pretrained encoder: they show which

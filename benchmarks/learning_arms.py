@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arms of `benchmarks.learning`, by name, and how one is run."""
+
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import learning_baselines as baselines
+from benchmarks.learning_engine import SETTINGS, train_with_engine
+from benchmarks.learning_scores import Cohort, score
+from modeling_dre_slcl.atomic_files import read_json, write_json
+
+SSL_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to come to slide embeddings.
+
+    Args:
+        kind (`str`): `"engine"`, `"end_to_end"` (ABMIL) or `"frozen"`.
+        start (`str`): the tile encoder's weights: `"random"`, `"ssl"` (self-supervised), or `"ssl_long"` (as long as
+            self-supervision and end-to-end training together).
+        settings (`dict`): what differs from `SETTINGS`; of a frozen arm `pooling`, `num_steps` and `learning_rate`.
+        supervision (`str`): `"reports"`, `"labels"` or `"none"`.
+        changed (`str`, *optional*): as in `train_with_engine`.
+    """
+
+    kind: str
+    start: str = "ssl"
+    settings: dict[str, Any] = field(default_factory=dict)
+    supervision: str = "reports"
+    changed: str | None = None
+
+    def varied(self, name: str, value: Any) -> "Arm":
+        """The same arm with another value of a setting."""
+        return Arm(self.kind, self.start, self.settings | {name: value}, self.supervision, self.changed)
+
+
+def _engine(changed: str | None = None, start: str = "ssl", **settings: Any) -> Arm:
+    return Arm("engine", start, settings, changed=changed)
+
+
+def _steps_for(tiles_per_slide: int) -> dict[str, int]:
+    """As many tiles with gradient as by default, in steps of another size."""
+    num_steps = SETTINGS["num_steps"] * SETTINGS["tiles_per_slide"] // tiles_per_slide
+    return {"tiles_per_slide": tiles_per_slide, "num_steps": num_steps, "retrieved_per_slide": 4 * tiles_per_slide}
+
+
+_LABELS = {"objective": "labels", "label_columns": ["subtype"]}
+_HEAD = {"num_steps": 600, "learning_rate": 1e-3}
+MAIN_ARMS: dict[str, Arm] = {
+    "dre_paper": _engine(bank_mode="paper"),
+    "dre_full": _engine(bank_mode="full"),
+    "dre_corrected": _engine(bank_mode="corrected"),
+    "dre_two_pass": _engine(bank_mode="two_pass"),
+    "no_bank": _engine(bank_mode="paper", retrieved_per_slide=0),
+    "frozen_random_mean": Arm("frozen", "random", {"pooling": "mean"}, "none"),
+    "frozen_random_mean_reports": Arm("frozen", "random", {"pooling": "mean", **_HEAD}),
+    "frozen_random_abmil_reports": Arm("frozen", "random", {"pooling": "attention", **_HEAD}),
+    "frozen_random_abmil_labels": Arm("frozen", "random", {"pooling": "attention", **_HEAD}, "labels"),
+    "frozen_random_residual": _engine(start="random", train_tile_encoder=False, num_steps=1, finalize_steps=300),
+    "frozen_ssl_mean": Arm("frozen", "ssl", {"pooling": "mean"}, "none"),
+    "frozen_ssl_mean_reports": Arm("frozen", "ssl", {"pooling": "mean", **_HEAD}),
+    "frozen_ssl_abmil_reports": Arm("frozen", "ssl", {"pooling": "attention", **_HEAD}),
+    "frozen_ssl_abmil_labels": Arm("frozen", "ssl", {"pooling": "attention", **_HEAD}, "labels"),
+    "frozen_ssl_residual": _engine(train_tile_encoder=False, num_steps=1, finalize_steps=300),
+    "end_to_end_abmil_reports": Arm("end_to_end"),
+    "end_to_end_abmil_labels": Arm("end_to_end", supervision="labels"),
+}
+ABLATION_ARMS: dict[str, Arm] = {
+    "dre_exact": _engine(bank_mode="exact"),
+    "full_k4": _engine(model_config={"num_codewords": 4}),
+    "full_k64": _engine(model_config={"num_codewords": 64}),
+    "full_s4": _engine(**_steps_for(4)),
+    "full_s64": _engine(**_steps_for(64)),
+    "full_refresh": _engine(refresh_per_slide=16),
+    "full_refits": _engine(codebook_refits=[75, 150, 225]),
+    "full_labels": Arm("engine", settings=_LABELS, supervision="labels"),
+    "full_reports_and_labels": _engine(**{**_LABELS, "objective": "both"}),
+    "full_no_transformer": _engine(model_config={"num_hidden_layers": 0}),
+    "full_no_intra_normalisation": _engine("intra_normalisation"),
+    "corrected_no_drift": _engine("drift", bank_mode="corrected"),
+    "full_from_scratch": _engine(start="random"),
+    "no_bank_from_scratch": _engine(start="random", bank_mode="paper", retrieved_per_slide=0),
+}
+ARMS = MAIN_ARMS | ABLATION_ARMS
+
+
+def run_arm(name: str, arm: Arm, cohort: Cohort, work: Path) -> dict[str, Any]:
+    """Runs an arm on a cohort, unless its result is there already.
+
+    Args:
+        name (`str`): the arm's name.
+        arm (`Arm`): the arm.
+        cohort (`Cohort`): the cohort, whose seed is the run's too.
+        work (`Path`): where results are kept: one JSON per run.
+
+    Returns:
+        `dict`: `scores`, counts of tiles, CPU seconds, and what the arm is.
+    """
+    path = work / "runs" / f"seed-{cohort.seed}" / f"{name}.json"
+    described = asdict(arm) | {"common": SETTINGS, "ssl_steps": SSL_STEPS}
+    if path.is_file() and (stored := read_json(path))["arm"] == described:
+        return stored
+    pretrained, tiles = _start(arm, cohort, work)
+    started, wall = _cpu_seconds(), time.monotonic()
+    run_dir = work / f"run-{cohort.seed}-{name}"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    if arm.kind == "engine":
+        vectors, counts = train_with_engine(cohort, arm.settings, pretrained, arm.changed, run_dir)
+    elif arm.kind == "end_to_end":
+        vectors, counts = baselines.train_end_to_end(
+            cohort, pretrained, supervision=arm.supervision, settings=arm.settings
+        )
+    else:
+        head = {"num_steps": 0, "learning_rate": 1.0} | arm.settings
+        vectors, counts = baselines.train_on_frozen(cohort, pretrained, supervision=arm.supervision, **head)
+    result = {
+        "name": name, "seed": cohort.seed, "arm": described, "scores": score(vectors, cohort), **counts,
+        "ssl_tiles_with_gradient": tiles, "cpu_seconds": round(_cpu_seconds() - started, 1),
+        "wall_seconds": round(time.monotonic() - wall, 1),
+    }  # fmt: skip
+    shutil.rmtree(run_dir, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    return result
+
+
+def _start(arm: Arm, cohort: Cohort, work: Path) -> tuple[str | None, int]:
+    """The folder of the tile encoder that an arm starts from, trained if it is not there; and its tiles."""
+    if arm.start == "random":
+        return None, 0
+    num_steps = SSL_STEPS
+    if arm.start == "ssl_long":
+        tiles = SETTINGS["num_steps"] * SETTINGS["tiles_per_slide"] * SETTINGS["slides_per_batch"]
+        num_steps += tiles // 256
+    folder = work / "encoders" / f"seed-{cohort.seed}-steps-{num_steps}"
+    if not (folder / "counts.json").is_file():
+        counts = baselines.pretrain_encoder(cohort, num_steps, folder)
+        write_json(folder / "counts.json", counts)
+    return str(folder), read_json(folder / "counts.json")["tiles_with_gradient"]
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every arm of `benchmarks.learning` is asked, in the same way, on all tiles of held-out slides.
+
+Letters: S slides, D width of slide embeddings, E joint width, C classes, n seeds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from transformers import logging as transformers_logging
+
+from dre_slcl.training.demo.report_writer import PROMPT_TEMPLATES, SUBTYPES
+from dre_slcl.training.evaluation_tasks import group_slides
+from dre_slcl.training.linear_probe import fit_linear_probe, probe_scores
+from dre_slcl.training.ranking import rank_gallery
+from dre_slcl.training.reports import ReportEncoder, encode_reports
+from dre_slcl.training.tile_source import TileSource
+
+CLASSES = sorted(SUBTYPES)
+SCORES = ("probe_auroc", "probe_balanced_accuracy", "slide_to_report_map", "zero_shot_balanced_accuracy")
+transformers_logging.disable_progress_bar()
+
+
+class Cohort:
+    """A cohort as all arms see it.
+
+    Args:
+        folder (`Path`): from `learning_cohort.write_cohort`.
+        seed (`int`): of the cohort and of the runs on it.
+
+    Attributes:
+        train, test (`TileSource`): the slides.
+        reports (`dict`): split -> frozen encodings of its slides' reports, `(S, R)`.
+        prompts (`list` of `torch.Tensor`): for each class the frozen encodings of its prompts, `(P, R)`.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.dataset, self.text_model = str(folder / "dataset"), str(folder / "text_model")
+        self.train, self.test = (TileSource(self.dataset, split) for split in ("train", "test"))
+        encoder = ReportEncoder.from_pretrained(self.text_model, pooling="mean", max_tokens=512)
+        cache = folder / "report_cache"
+        self.reports = {
+            source.split: encode_reports(encoder, [row.report for row in source.slides], cache)
+            for source in (self.train, self.test)
+        }
+        self.prompts = [
+            encode_reports(
+                encoder,
+                [template.replace("CLASSNAME", word) for word in SUBTYPES[name] for template in PROMPT_TEMPLATES],
+                cache,
+            )
+            for name in CLASSES
+        ]
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Split -> the subtype of each slide."""
+        return {source.split: [row.labels["subtype"] for row in source.slides] for source in (self.train, self.test)}
+
+
+@dataclass
+class SlideVectors:
+    """What an arm makes of the slides.
+
+    Args:
+        train, test (`np.ndarray` of shape `(S, D)`): slide embeddings.
+        test_projection (`torch.Tensor` of shape `(S, E)`, *optional*): L2-normalised, to compare with text; `None` for
+            an arm without text.
+        project_reports (callable, *optional*): report encodings `(n, R)` -> `(n, E)`, L2-normalised.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    test_projection: torch.Tensor | None = None
+    project_reports: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def score(vectors: SlideVectors, cohort: Cohort) -> dict[str, float]:
+    """Scores an arm on the held-out slides."""
+    rows, labels = cohort.train.slides, cohort.labels
+    probe, _ = fit_linear_probe(vectors.train, labels["train"], [row.case_id for row in rows], seed=cohort.seed)
+    probabilities = probe_scores(probe, vectors.test, CLASSES)
+    found = {f"probe_{name}": value for name, value in _classification(probabilities, labels["test"]).items()}
+    if vectors.test_projection is not None:
+        found |= _with_text(vectors, cohort)
+    return found
+
+
+def _classification(scores: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    truth = np.array([CLASSES.index(label) for label in labels])
+    return {
+        "auroc": float(roc_auc_score(truth, scores, multi_class="ovr")),
+        "balanced_accuracy": float(balanced_accuracy_score(truth, scores.argmax(axis=1))),
+    }
+
+
+@torch.no_grad()
+def _with_text(vectors: SlideVectors, cohort: Cohort) -> dict[str, float]:
+    rows = cohort.test.slides
+    groups = np.array(group_slides([row.case_id for row in rows], [row.report for row in rows]))
+    reports = vectors.project_reports(cohort.reports["test"])
+    similarity = (vectors.test_projection @ reports.T).double().numpy()
+    is_relevant = groups[:, None] == groups[None, :]
+    prompts = [F.normalize(vectors.project_reports(encoded).mean(dim=0), dim=0) for encoded in cohort.prompts]
+    zero_shot = (20 * vectors.test_projection @ torch.stack(prompts).T).double().softmax(dim=1).numpy()
+    found = {
+        "slide_to_report_map": float(rank_gallery(similarity, is_relevant)[1].mean()),
+        "report_to_slide_map": float(rank_gallery(similarity.T, is_relevant)[1].mean()),
+    }
+    scores = _classification(zero_shot, cohort.labels["test"])
+    return found | {f"zero_shot_{name}": value for name, value in scores.items()}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of values `(n,)` with its 95% interval by Student's t, which takes seeds as a sample of seeds."""
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    return mean, mean - half, mean + half

@@ -8,9 +8,9 @@
 
 Each seed is a cohort of its own (`learning_cohort`), on which every arm (`learning_arms`) is trained with as many
 tiles with gradient, and asked the same on all tiles of the held-out slides (`learning_scores`).
-`--vary NAME=VALUE,VALUE` runs the arms with other values of a setting; that is how settings were chosen, on seeds 100
-and up, never on those that are reported. A finished run is one JSON below `--work`, and is not repeated as long as its
-arm stays the same.
+`--vary "NAME=VALUE|VALUE"` runs the arms with other values of a setting; so settings were chosen, on seeds 100 and
+up, never on those that are reported. A finished run is one JSON below `--work`, and is not repeated as long as its arm
+stays the same.
 
 Figures of the last line: `<arm>_<score>` as [mean, lower, upper] with 95% intervals over seeds; `difference_*` the
 paired differences; `must_hold`: the interval of `headline_arm` lies above those of the best frozen arm and of
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for cohorts and finished runs (default: a temporary one)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds, for all arms")
-    parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=VALUE,VALUE", help="other values of settings")
+    parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=VALUE|VALUE", help="other values of settings")
     parser.add_argument("--write-results", action="store_true", help="write benchmarks/results/learning.*")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -89,7 +89,7 @@ def _variants(name: str, vary: list[str]) -> list[tuple[str, Arm]]:
         variants = [
             (f"{full_name}+{setting}={value}", arm.varied(setting, json.loads(value)))
             for full_name, arm in variants
-            for value in values.split(",")
+            for value in values.split("|")
         ]
     return variants
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arms of `benchmarks.learning`, by name, and how one is run."""
 
+import json
 import resource
 import shutil
 import time
@@ -120,14 +121,27 @@ def run_arm(name: str, arm: Arm, cohort: Cohort, work: Path) -> dict[str, Any]:
         head = {"num_steps": 0, "learning_rate": 1.0} | arm.settings
         vectors, counts = baselines.train_on_frozen(cohort, pretrained, supervision=arm.supervision, **head)
     result = {
-        "name": name, "seed": cohort.seed, "arm": described, "scores": score(vectors, cohort), **counts,
-        "ssl_tiles_with_gradient": tiles, "cpu_seconds": round(_cpu_seconds() - started, 1),
+        "name": name,
+        "seed": cohort.seed,
+        "arm": described,
+        "scores": score(vectors, cohort),
+        **counts,
+        "training_losses": _training_losses(run_dir),
+        "ssl_tiles_with_gradient": tiles,
+        "cpu_seconds": round(_cpu_seconds() - started, 1),
         "wall_seconds": round(time.monotonic() - wall, 1),
-    }  # fmt: skip
+    }
     shutil.rmtree(run_dir, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
+
+
+def _training_losses(run_dir: Path) -> list[float]:
+    """The engine's loss every 50 steps, as its metrics have it; what is far below held-out scores was memorised."""
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [round(row["loss"], 3) for row in rows if "loss" in row]
 
 
 def _start(arm: Arm, cohort: Cohort, work: Path) -> tuple[str | None, int]:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cohort of `benchmarks.learning`: slides painted tile by tile, their reports, and a slide dataset on disk.
 
-A slide is a bag of 100 to 130 tiles of 24 px. Most are stroma, lymphocytes, necrosis, mucin, fat and benign glands;
+A slide is a bag of 100 to 120 tiles of 24 px. Most are stroma, lymphocytes, necrosis, mucin, fat and benign glands;
 5 to 20% are tumour. Tumour nuclei are as many, as large and as dark whatever the subtype: only their arrangement
 tells it (around a lumen, scattered, in rows), and some tumour tiles of each slide show another subtype's. Benign
 glands, in every slide, are rings too, of small nuclei. Stains differ from slide to slide in colour and strength, which
-tells nothing. Reports are the demo's: the subtype, once or twice, among site, procedure, size, margins and traits that
-the tiles show as well (lymphocytes, necrosis, mucin, grade).
+tells nothing. Reports are synoptic, as protocols of cancer reporting ask for: the subtype among procedure, site, size
+and margins, which no tile shows, and lymphocytes, necrosis, mucin and grade, which tiles do.
 
 Letters: n tiles, M nuclei of each.
 """
@@ -14,14 +14,13 @@ Letters: n tiles, M nuclei of each.
 import dataclasses
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from dre_slcl.training.dataset_card import write_card
 from dre_slcl.training.dataset_tables import TILE_SCHEMA, TileTableWriter
 from dre_slcl.training.dataset_writer import SlideEntry, write_tables
 from dre_slcl.training.demo.cohort import make_cases
-from dre_slcl.training.demo.report_writer import SUBTYPES, write_report
+from dre_slcl.training.demo.report_writer import PROCEDURES, SITES, SUBTYPES
 from dre_slcl.training.demo.text_model import write_text_model
 from dre_slcl.training.demo.tissue_painter import CaseTraits, random_stream
 from dre_slcl.training.manifest import ManifestRow
@@ -32,7 +31,7 @@ from modeling_dre_slcl.atomic_files import atomic_folder
 from modeling_dre_slcl.tile_grid import TileGridConfig
 
 TILE_PX, TILE_MPP = 24, 2.0
-_PAINTED_PX = 32  # nuclei are drawn at this size, then tiles reduced to the other
+_UNITS = 32  # side of a tile in the units of the numbers below
 KINDS = ("stroma", "lymphocytes", "necrosis", "mucin", "fat", "benign gland", "tumour")
 _JPEG_QUALITY = 95
 # Optical density of haematoxylin and eosin in red, green and blue (Ruifrok and Johnston, 2001).
@@ -52,12 +51,12 @@ class CohortSize:
         num_tiles (`tuple[int, int]`): range of the tiles of a slide.
     """
 
-    num_train_cases: int = 50
-    num_test_cases: int = 32
+    num_train_cases: int = 128
+    num_test_cases: int = 48
     tumour_fraction: tuple[float, float] = (0.05, 0.20)
-    purity: float = 0.8
+    purity: float = 0.9
     stain_spread: float = 0.25
-    num_tiles: tuple[int, int] = (100, 130)
+    num_tiles: tuple[int, int] = (100, 120)
 
 
 def write_cohort(folder: Path, seed: int, size: CohortSize) -> Path:
@@ -69,7 +68,7 @@ def write_cohort(folder: Path, seed: int, size: CohortSize) -> Path:
     if (folder / "dataset").is_dir() and (folder / "text_model").is_dir():
         return folder
     cases = make_cases(size.num_train_cases + size.num_test_cases, seed=seed)
-    reports = [write_report(case, seed=seed) for case in cases]
+    reports = [write_report(case, seed) for case in cases]
     num_train = size.num_train_cases * len(SUBTYPES)
     folder.mkdir(parents=True, exist_ok=True)
     write_text_model(folder / "text_model", reports[:num_train], seed=seed)
@@ -90,6 +89,23 @@ def write_cohort(folder: Path, seed: int, size: CohortSize) -> Path:
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def write_report(case: CaseTraits, seed: int) -> str:
+    """Writes a case's synoptic report."""
+    random = random_stream(seed, "synoptic report", case.case_id)
+    procedure, site = (str(random.choice(options)) for options in (PROCEDURES, SITES))
+    return (
+        f"Procedure: {procedure}. Site: {site}. {describe_subtype(case.subtype)} Grade: {case.nuclear_grade}. "
+        f"Lymphocytes: {'brisk' if case.brisk_lymphocytes else 'sparse'}. "
+        f"Necrosis: {'present' if case.necrosis else 'absent'}. Mucin: {'present' if case.mucin else 'absent'}. "
+        f"Size: {random.uniform(0.8, 6.5):.1f} cm. Margins: {random.choice(['free', 'involved'])}."
+    )
+
+
+def describe_subtype(subtype: str) -> str:
+    """What a report says of the subtype; the prompt of a zero-shot classifier too."""
+    return f"Histologic type: {SUBTYPES[subtype][0]}. Growth pattern: {subtype}."
 
 
 def _write_part(parts: Path, case: CaseTraits, report: str, split: str, seed: int, size: CohortSize) -> SlideEntry:
@@ -131,8 +147,7 @@ def paint_slide(case: CaseTraits, seed: int, size: CohortSize) -> tuple[np.ndarr
     density = haematoxylin[..., None] * stains[0] + eosin[..., None] * stains[1]
     light = 243 * random.lognormal(0, spread / 10, size=3)
     pixels = light * np.exp(-density) + random.normal(scale=4, size=density.shape)
-    pixels = np.clip(pixels, 0, 255).astype(np.uint8)
-    return np.stack([cv2.resize(tile, (TILE_PX, TILE_PX), interpolation=cv2.INTER_AREA) for tile in pixels]), kinds
+    return np.clip(pixels, 0, 255).astype(np.uint8), kinds
 
 
 def _draw_kinds(case: CaseTraits, num_tiles: int, size: CohortSize, random: np.random.Generator) -> np.ndarray:
@@ -151,7 +166,7 @@ def _draw_tissue(
     case: CaseTraits, kinds: np.ndarray, size: CohortSize, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws tiles of given kinds: amounts of haematoxylin and eosin, each `(n, 32, 32)`."""
-    n, grid = len(kinds), np.arange(_PAINTED_PX) - (_PAINTED_PX - 1) / 2
+    n, grid = len(kinds), (np.arange(TILE_PX) - (TILE_PX - 1) / 2) * (_UNITS / TILE_PX)
     x, y = np.broadcast_arrays(grid[None, None, :], grid[None, :, None])
     angle = random.uniform(0, np.pi, size=(n, 1, 1))
     along = np.cos(angle) * x + np.sin(angle) * y
@@ -160,14 +175,14 @@ def _draw_tissue(
     fibres = np.array([0.12, 0.03, 0.08, 0.03, 0.0, 0.05, 0.03])[kinds]
     noise = np.array([0.03, 0.03, 0.16, 0.02, 0.01, 0.03, 0.03])[kinds]
     eosin = base[:, None, None] + fibres[:, None, None] * waves
-    eosin = eosin + noise[:, None, None] * random.normal(size=(n, _PAINTED_PX, _PAINTED_PX))
+    eosin = eosin + noise[:, None, None] * random.normal(size=(n, TILE_PX, TILE_PX))
     haematoxylin = np.full_like(eosin, 0.05)
     haematoxylin[kinds == KINDS.index("mucin")] += 0.12 * (1 + waves[kinds == KINDS.index("mucin")]) / 2
     centres, radii, depth = (part.astype(np.float32) for part in _draw_nuclei(case, kinds, size, random))
-    x, y, haematoxylin = (part.astype(np.float32) for part in (x, y, haematoxylin))
+    x, y = (part.astype(np.float32) for part in (x, y))
     for number in range(_NUM_NUCLEI):
-        distance = np.hypot(x - centres[:, number, 0, None, None], y - centres[:, number, 1, None, None])
-        inside = 1 / (1 + np.exp((distance - radii[:, number, None, None]) / 0.35))
+        squares = (x - centres[:, number, 0, None, None]) ** 2 + (y - centres[:, number, 1, None, None]) ** 2
+        inside = (0.5 + radii[:, number, None, None] - np.sqrt(squares)).clip(0, 1)
         haematoxylin = np.maximum(haematoxylin, inside * depth[:, number, None, None])
     # Fat: a large drop with a thin rim.
     is_fat = kinds == KINDS.index("fat")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from transformers import logging as transformers_logging
 
-from dre_slcl.training.demo.report_writer import PROMPT_TEMPLATES, SUBTYPES
+from benchmarks.learning_cohort import describe_subtype
+from dre_slcl.training.demo.report_writer import SUBTYPES
 from dre_slcl.training.evaluation_tasks import group_slides
 from dre_slcl.training.linear_probe import fit_linear_probe, probe_scores
 from dre_slcl.training.ranking import rank_gallery
@@ -37,7 +37,7 @@ class Cohort:
     Attributes:
         train, test (`TileSource`): the slides.
         reports (`dict`): split -> frozen encodings of its slides' reports, `(S, R)`.
-        prompts (`list` of `torch.Tensor`): for each class the frozen encodings of its prompts, `(P, R)`.
+        prompts (`torch.Tensor` of shape `(C, R)`): frozen encoding of each class's prompt.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -50,14 +50,7 @@ class Cohort:
             source.split: encode_reports(encoder, [row.report for row in source.slides], cache)
             for source in (self.train, self.test)
         }
-        self.prompts = [
-            encode_reports(
-                encoder,
-                [template.replace("CLASSNAME", word) for word in SUBTYPES[name] for template in PROMPT_TEMPLATES],
-                cache,
-            )
-            for name in CLASSES
-        ]
+        self.prompts = encode_reports(encoder, [describe_subtype(name) for name in CLASSES], cache)
 
     @property
     def labels(self) -> dict[str, list[str]]:
@@ -108,8 +101,9 @@ def _with_text(vectors: SlideVectors, cohort: Cohort) -> dict[str, float]:
     reports = vectors.project_reports(cohort.reports["test"])
     similarity = (vectors.test_projection @ reports.T).double().numpy()
     is_relevant = groups[:, None] == groups[None, :]
-    prompts = [F.normalize(vectors.project_reports(encoded).mean(dim=0), dim=0) for encoded in cohort.prompts]
-    zero_shot = (20 * vectors.test_projection @ torch.stack(prompts).T).double().softmax(dim=1).numpy()
+    zero_shot = (
+        (20 * vectors.test_projection @ vectors.project_reports(cohort.prompts).T).double().softmax(dim=1).numpy()
+    )
     found = {
         "slide_to_report_map": float(rank_gallery(similarity, is_relevant)[1].mean()),
         "report_to_slide_map": float(rank_gallery(similarity.T, is_relevant)[1].mean()),

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import balanced_accuracy_score, label_ranking_average_precision_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers import logging as transformers_logging
 
 from benchmarks.learning_cohort import describe_subtype
 from dre_slcl.training.demo.report_writer import SUBTYPES
-from dre_slcl.training.evaluation_tasks import group_slides
-from dre_slcl.training.linear_probe import fit_linear_probe, probe_scores
-from dre_slcl.training.ranking import rank_gallery
 from dre_slcl.training.reports import ReportEncoder, encode_reports
 from dre_slcl.training.tile_source import TileSource
 
@@ -76,17 +77,27 @@ class SlideVectors:
 
 
 def score(vectors: SlideVectors, cohort: Cohort) -> dict[str, float]:
-    """Scores an arm on the held-out slides."""
-    rows, labels = cohort.train.slides, cohort.labels
-    probe, _ = fit_linear_probe(vectors.train, labels["train"], [row.case_id for row in rows], seed=cohort.seed)
-    probabilities = probe_scores(probe, vectors.test, CLASSES)
-    found = {f"probe_{name}": value for name, value in _classification(probabilities, labels["test"]).items()}
+    """Scores an arm on the held-out slides: a linear probe, and with text retrieval and zero-shot classification."""
+    probe = make_pipeline(
+        StandardScaler(),
+        LogisticRegressionCV(
+            Cs=np.logspace(-4, 2, 7),
+            cv=StratifiedKFold(5, shuffle=True, random_state=cohort.seed),
+            scoring="balanced_accuracy",
+            max_iter=2000,
+        ),
+    )
+    labels = cohort.labels
+    probe.fit(vectors.train, labels["train"])
+    scores = _classification(probe.predict_proba(vectors.test), labels["test"])
+    found = {f"probe_{name}": value for name, value in scores.items()}
     if vectors.test_projection is not None:
         found |= _with_text(vectors, cohort)
     return found
 
 
 def _classification(scores: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    """Scores `(S, C)` in the order of `CLASSES`, which is that of scikit-learn."""
     truth = np.array([CLASSES.index(label) for label in labels])
     return {
         "auroc": float(roc_auc_score(truth, scores, multi_class="ovr")),
@@ -96,20 +107,17 @@ def _classification(scores: np.ndarray, labels: Sequence[str]) -> dict[str, floa
 
 @torch.no_grad()
 def _with_text(vectors: SlideVectors, cohort: Cohort) -> dict[str, float]:
-    rows = cohort.test.slides
-    groups = np.array(group_slides([row.case_id for row in rows], [row.report for row in rows]))
-    reports = vectors.project_reports(cohort.reports["test"])
-    similarity = (vectors.test_projection @ reports.T).double().numpy()
-    is_relevant = groups[:, None] == groups[None, :]
-    zero_shot = (
-        (20 * vectors.test_projection @ vectors.project_reports(cohort.prompts).T).double().softmax(dim=1).numpy()
-    )
-    found = {
-        "slide_to_report_map": float(rank_gallery(similarity, is_relevant)[1].mean()),
-        "report_to_slide_map": float(rank_gallery(similarity.T, is_relevant)[1].mean()),
+    reports = np.array([row.report for row in cohort.test.slides])
+    is_relevant = reports[:, None] == reports[None, :]
+    similarity = (vectors.test_projection @ vectors.project_reports(cohort.reports["test"]).T).double().numpy()
+    classes = vectors.test_projection @ vectors.project_reports(cohort.prompts).T
+    scores = _classification((20 * classes).double().softmax(dim=1).numpy(), cohort.labels["test"])
+    # Mean over slides of the average precision with which the slide's own report is found.
+    return {
+        "slide_to_report_map": float(label_ranking_average_precision_score(is_relevant, similarity)),
+        "report_to_slide_map": float(label_ranking_average_precision_score(is_relevant, similarity.T)),
+        **{f"zero_shot_{name}": value for name, value in scores.items()},
     }
-    scores = _classification(zero_shot, cohort.labels["test"])
-    return found | {f"zero_shot_{name}": value for name, value in scores.items()}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -51,42 +51,51 @@ def _steps_for(tiles_per_slide: int) -> dict[str, int]:
     return {"tiles_per_slide": tiles_per_slide, "num_steps": num_steps, "retrieved_per_slide": 4 * tiles_per_slide}
 
 
+def _frozen(start: str, pooling: str, supervision: str, **settings: Any) -> Arm:
+    return Arm("frozen", start, {"pooling": pooling, **settings}, supervision)
+
+
 _LABELS = {"objective": "labels", "label_columns": ["subtype"]}
 _HEAD = {"num_steps": 600, "learning_rate": 1e-3}
+_LONG_HEAD = {"num_steps": 1500, "learning_rate": 3e-4}
+_FROZEN_HEAD = {"train_tile_encoder": False, "num_steps": 1}
 MAIN_ARMS: dict[str, Arm] = {
-    "dre_paper": _engine(bank_mode="paper"),
     "dre_full": _engine(bank_mode="full"),
-    "dre_corrected": _engine(bank_mode="corrected"),
-    "dre_two_pass": _engine(bank_mode="two_pass"),
     "no_bank": _engine(bank_mode="paper", retrieved_per_slide=0),
-    "frozen_random_mean": Arm("frozen", "random", {"pooling": "mean"}, "none"),
-    "frozen_random_mean_reports": Arm("frozen", "random", {"pooling": "mean", **_HEAD}),
-    "frozen_random_abmil_reports": Arm("frozen", "random", {"pooling": "attention", **_HEAD}),
-    "frozen_random_abmil_labels": Arm("frozen", "random", {"pooling": "attention", **_HEAD}, "labels"),
-    "frozen_random_residual": _engine(start="random", train_tile_encoder=False, num_steps=1, finalize_steps=300),
-    "frozen_ssl_mean": Arm("frozen", "ssl", {"pooling": "mean"}, "none"),
-    "frozen_ssl_mean_reports": Arm("frozen", "ssl", {"pooling": "mean", **_HEAD}),
-    "frozen_ssl_abmil_reports": Arm("frozen", "ssl", {"pooling": "attention", **_HEAD}),
-    "frozen_ssl_abmil_labels": Arm("frozen", "ssl", {"pooling": "attention", **_HEAD}, "labels"),
-    "frozen_ssl_residual": _engine(train_tile_encoder=False, num_steps=1, finalize_steps=300),
+    "frozen_ssl_mean": _frozen("ssl", "mean", "none"),
+    "frozen_ssl_mean_reports": _frozen("ssl", "mean", "reports", **_HEAD),
+    "frozen_ssl_abmil_reports": _frozen("ssl", "attention", "reports", **_HEAD),
+    "frozen_ssl_abmil_labels": _frozen("ssl", "attention", "labels", **_LONG_HEAD),
+    "frozen_ssl_residual": _engine(**_FROZEN_HEAD),
     "end_to_end_abmil_reports": Arm("end_to_end"),
     "end_to_end_abmil_labels": Arm("end_to_end", supervision="labels"),
+    "dre_paper": _engine(bank_mode="paper"),
+    "dre_corrected": _engine(bank_mode="corrected"),
+    "frozen_random_mean": _frozen("random", "mean", "none"),
+    "frozen_random_abmil_reports": _frozen("random", "attention", "reports", **_HEAD),
+    "frozen_random_abmil_labels": _frozen("random", "attention", "labels", **_LONG_HEAD),
+    "frozen_random_residual": _engine(start="random", **_FROZEN_HEAD),
 }
 ABLATION_ARMS: dict[str, Arm] = {
-    "dre_exact": _engine(bank_mode="exact"),
     "full_k4": _engine(model_config={"num_codewords": 4}),
     "full_k64": _engine(model_config={"num_codewords": 64}),
-    "full_s4": _engine(**_steps_for(4)),
-    "full_s64": _engine(**_steps_for(64)),
-    "full_refresh": _engine(refresh_per_slide=16),
-    "full_refits": _engine(codebook_refits=[75, 150, 225]),
-    "full_labels": Arm("engine", settings=_LABELS, supervision="labels"),
-    "full_reports_and_labels": _engine(**{**_LABELS, "objective": "both"}),
-    "full_no_transformer": _engine(model_config={"num_hidden_layers": 0}),
     "full_no_intra_normalisation": _engine("intra_normalisation"),
-    "corrected_no_drift": _engine("drift", bank_mode="corrected"),
+    "full_no_transformer": _engine(model_config={"num_hidden_layers": 0}),
+    "full_s4": _engine(**_steps_for(4)),
+    "full_s16": _engine(**_steps_for(16)),
+    "full_refresh": _engine(refresh_per_slide=8),
+    "full_labels": Arm("engine", settings=_LABELS, supervision="labels"),
     "full_from_scratch": _engine(start="random"),
-    "no_bank_from_scratch": _engine(start="random", bank_mode="paper", retrieved_per_slide=0),
+    "full_refits": _engine(codebook_refits=[20, 60, 150, 300]),
+    "corrected_refits": _engine(bank_mode="corrected", codebook_refits=[20, 60, 150, 300]),
+    "corrected_no_drift": _engine("drift", bank_mode="corrected"),
+    "full_reports_and_labels": _engine(**{**_LABELS, "objective": "both"}),
+    "full_s64": _engine(**_steps_for(64)),
+    "dre_two_pass": _engine(bank_mode="two_pass"),
+    "frozen_ssl_long_mean": _frozen("ssl_long", "mean", "none"),
+    "frozen_ssl_long_abmil_reports": _frozen("ssl_long", "attention", "reports", **_HEAD),
+    "frozen_ssl_long_abmil_labels": _frozen("ssl_long", "attention", "labels", **_HEAD),
+    "dre_exact": _engine(bank_mode="exact"),
 }
 ARMS = MAIN_ARMS | ABLATION_ARMS
 

@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "tiles_per_slide": 8,
     "retrieved_per_slide": 32,
     "num_steps": 300,
-    "finalize_steps": 60,
+    "finalize_steps": 300,
     "warmup_steps": 20,
     "learning_rate": 1e-3,
     "head_learning_rate": 1e-3,

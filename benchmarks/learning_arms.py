@@ -67,6 +67,9 @@ MAIN_ARMS: dict[str, Arm] = {
     "frozen_ssl_abmil_reports": _frozen("ssl", "attention", "reports", **_HEAD),
     "frozen_ssl_abmil_labels": _frozen("ssl", "attention", "labels", **_LONG_HEAD),
     "frozen_ssl_residual": _engine(**_FROZEN_HEAD),
+    "frozen_ssl_long_mean": _frozen("ssl_long", "mean", "none"),
+    "frozen_ssl_long_abmil_reports": _frozen("ssl_long", "attention", "reports", **_HEAD),
+    "frozen_ssl_long_abmil_labels": _frozen("ssl_long", "attention", "labels", **_LONG_HEAD),
     "end_to_end_abmil_reports": Arm("end_to_end"),
     "end_to_end_abmil_labels": Arm("end_to_end", supervision="labels"),
     "dre_paper": _engine(bank_mode="paper"),
@@ -92,9 +95,6 @@ ABLATION_ARMS: dict[str, Arm] = {
     "full_reports_and_labels": _engine(**{**_LABELS, "objective": "both"}),
     "full_s64": _engine(**_steps_for(64)),
     "dre_two_pass": _engine(bank_mode="two_pass"),
-    "frozen_ssl_long_mean": _frozen("ssl_long", "mean", "none"),
-    "frozen_ssl_long_abmil_reports": _frozen("ssl_long", "attention", "reports", **_HEAD),
-    "frozen_ssl_long_abmil_labels": _frozen("ssl_long", "attention", "labels", **_HEAD),
     "dre_exact": _engine(bank_mode="exact"),
 }
 ARMS = MAIN_ARMS | ABLATION_ARMS

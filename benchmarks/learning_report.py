@@ -57,7 +57,8 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         for rival in (best, "no_bank" if "no_bank" in table else None):
             if rival is not None and HEADLINE_ARM in table:
                 what = "no_bank" if rival == "no_bank" else "best_frozen"
-                held[f"{what}_{score}"] = table[HEADLINE_ARM][score][1] > table[rival][score][2]
+                low, high = table[HEADLINE_ARM][score][1], table[rival][score][2]
+                held[f"{what}_{score}"] = low is not None and high is not None and low > high
                 line[f"difference_to_{what}_{score}"] = differences[rival].get(score)
         line[f"best_frozen_{score}"] = best
     line |= {"headline_arm": HEADLINE_ARM, "holds": held, "must_hold": bool(held) and all(held.values())}
@@ -70,13 +71,18 @@ def _arm_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for score in SCORES:
         values = [run["scores"][score] for run in runs if score in run["scores"]]
         if values:
-            row[score] = [round(value, 4) for value in interval(values)]
+            row[score] = _rounded(values)
     for name in ("tiles_with_gradient", "tiles_without_gradient", "ssl_tiles_with_gradient", "cpu_seconds"):
         row[name] = round(float(np.mean([run[name] for run in runs])))
     return row | {"num_seeds": len(runs)}
 
 
-def _paired(headline: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> dict[str, list[float]]:
+def _rounded(values: list[float]) -> list[float | None]:
+    """Mean, lower and upper end; one seed has no interval."""
+    return [None if np.isnan(value) else round(value, 4) for value in interval(values)]
+
+
+def _paired(headline: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> dict[str, list[float | None]]:
     """Headline arm minus another, seed by seed: mean, lower and upper end of each score."""
     seeds = sorted(set(headline) & set(runs))
     found = {}
@@ -87,7 +93,7 @@ def _paired(headline: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]
             if score in headline[seed]["scores"] and score in runs[seed]["scores"]
         ]
         if values:
-            found[score] = [round(value, 4) for value in interval(values)]
+            found[score] = _rounded(values)
     return found
 
 
@@ -130,12 +136,12 @@ def _processor() -> str:
     )
 
 
-def _cell(values: list[float] | None, signed: bool = False) -> str:
+def _cell(values: list[float | None] | None, signed: bool = False) -> str:
     if values is None:
         return ""
     mean, low, high = values
     sign = "+" if signed else ""
-    return f"{mean:{sign}.3f}" if np.isnan(low) else f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{mean:{sign}.3f}" if low is None else f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def _table(table: dict[str, dict[str, Any]]) -> list[str]:
@@ -175,7 +181,8 @@ def draw_arms(table: dict[str, dict[str, Any]], path: Path) -> None:
             mean, low, high = table[name][score]
             kind = "C0" if name == HEADLINE_ARM else "C7" if name.startswith("frozen") else "C1"
             kind = "C3" if name.startswith(("no_bank", "end_to_end")) else kind
-            axis.plot([low, high], [place, place], color=kind, linewidth=2)
+            if low is not None:
+                axis.plot([low, high], [place, place], color=kind, linewidth=2)
             axis.plot(mean, place, "o", color=kind, markersize=4)
         if score in _CHANCE:
             axis.axvline(_CHANCE[score], color="0.8", linestyle=":")

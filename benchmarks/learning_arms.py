@@ -113,7 +113,7 @@ def run_arm(name: str, arm: Arm, cohort: Cohort, work: Path) -> dict[str, Any]:
         `dict`: `scores`, counts of tiles, CPU seconds, and what the arm is.
     """
     path = work / "runs" / f"seed-{cohort.seed}" / f"{name}.json"
-    described = asdict(arm) | {"common": SETTINGS, "ssl_steps": SSL_STEPS}
+    described = asdict(arm) | {"ssl_steps": SSL_STEPS} | ({} if arm.kind == "frozen" else {"common": SETTINGS})
     if path.is_file() and (stored := read_json(path))["arm"] == described:
         return stored
     pretrained, tiles = _start(arm, cohort, work)

@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "num_steps": 300,
     "finalize_steps": 300,
     "warmup_steps": 20,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "head_learning_rate": 1e-3,
     "checkpoint_steps": 1_000_000,
     "log_steps": 50,

@@ -4,6 +4,7 @@
 An interval is a 95% interval of the mean over seeds, by Student's t; a seed is a cohort and a run on it.
 """
 
+import json
 import platform
 import subprocess
 from collections import defaultdict
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning_cohort import KINDS, CohortSize, paint_slide
+from benchmarks.learning_arms import SSL_STEPS
+from benchmarks.learning_cohort import KINDS, TILE_PX, CohortSize, paint_slide
+from benchmarks.learning_engine import SETTINGS
 from benchmarks.learning_scores import interval
 from dre_slcl.training.demo.cohort import make_cases
 from dre_slcl.training.demo.report_writer import SUBTYPES
@@ -97,6 +100,17 @@ def _paired(headline: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]
     return found
 
 
+def describe_cohort() -> str:
+    """Says how large and how hard the cohort is."""
+    size = CohortSize()
+    (fewest, most), (least, largest) = size.num_tiles, size.tumour_fraction
+    return (
+        f"{len(SUBTYPES)} subtypes, of each {size.num_train_cases} training and {size.num_test_cases} held-out cases "
+        f"of a slide each; {fewest} to {most} tiles of {TILE_PX} px, {least:.0%} to {largest:.0%} of them tumour, of which "
+        f"{size.purity:.0%} show the slide's subtype; spread of stains {size.stain_spread}."
+    )
+
+
 def write_results(results: list[dict[str, Any]], summary: dict[str, Any], folder: Path) -> None:
     """Writes learning.json, learning.md, learning_arms.png and learning_tiles.png."""
     about = {
@@ -115,7 +129,11 @@ def write_results(results: list[dict[str, Any]], summary: dict[str, Any], folder
         f"`python -m benchmarks.learning --full`, commit {about['commit'][:9]}, one thread of {about['processor']}.",
         "What it means: [docs/evidence.md](../../docs/evidence.md).",
         "",
-        "Mean over seeds with its 95% interval (Student's t).",
+        f"Cohort: {describe_cohort()} Settings of all arms that encode tiles with gradient: {json.dumps(SETTINGS)}.",
+        f"Self-supervision: {SSL_STEPS} steps of 128 tiles in two views; `ssl_long` has as many tiles in all as the",
+        "end-to-end arms. Other settings of each arm: `runs` in learning.json.",
+        "",
+        "Mean over seeds with its 95% interval (Student's t). Tiles with gradient count self-supervision's views.",
         "",
         *_table(summary["table"]),
         "",

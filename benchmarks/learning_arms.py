@@ -103,6 +103,22 @@ ABLATION_ARMS: dict[str, Arm] = {
 ARMS = MAIN_ARMS | ABLATION_ARMS
 
 
+def stored_result(name: str, arm: Arm, seed: int, work: Path) -> dict[str, Any] | None:
+    """The result of a finished run of this very arm, if there is one; see `run_arm`."""
+    path = _result_path(name, seed, work)
+    stored = read_json(path) if path.is_file() else None
+    return stored if stored and stored["arm"] == _described(arm) else None
+
+
+def _result_path(name: str, seed: int, work: Path) -> Path:
+    return work / "runs" / f"seed-{seed}" / f"{name}.json"
+
+
+def _described(arm: Arm) -> dict[str, Any]:
+    """Everything that a result depends on besides cohort and code."""
+    return asdict(arm) | {"ssl_steps": SSL_STEPS} | ({} if arm.kind == "frozen" else {"common": SETTINGS})
+
+
 def run_arm(name: str, arm: Arm, cohort: Cohort, work: Path) -> dict[str, Any]:
     """Runs an arm on a cohort, unless its result is there already.
 
@@ -115,9 +131,7 @@ def run_arm(name: str, arm: Arm, cohort: Cohort, work: Path) -> dict[str, Any]:
     Returns:
         `dict`: `scores`, counts of tiles, CPU seconds, and what the arm is.
     """
-    path = work / "runs" / f"seed-{cohort.seed}" / f"{name}.json"
-    described = asdict(arm) | {"ssl_steps": SSL_STEPS} | ({} if arm.kind == "frozen" else {"common": SETTINGS})
-    if path.is_file() and (stored := read_json(path))["arm"] == described:
+    if stored := stored_result(name, arm, cohort.seed, work):
         return stored
     pretrained, tiles = _start(arm, cohort, work)
     started, wall = _cpu_seconds(), time.monotonic()
@@ -135,7 +149,7 @@ def run_arm(name: str, arm: Arm, cohort: Cohort, work: Path) -> dict[str, Any]:
     result = {
         "name": name,
         "seed": cohort.seed,
-        "arm": described,
+        "arm": _described(arm),
         "scores": score(vectors, cohort),
         **counts,
         "training_losses": _training_losses(run_dir),
@@ -144,6 +158,7 @@ def run_arm(name: str, arm: Arm, cohort: Cohort, work: Path) -> dict[str, Any]:
         "wall_seconds": round(time.monotonic() - wall, 1),
     }
     shutil.rmtree(run_dir, ignore_errors=True)
+    path = _result_path(name, cohort.seed, work)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result

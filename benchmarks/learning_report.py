@@ -106,8 +106,8 @@ def describe_cohort() -> str:
     (fewest, most), (least, largest) = size.num_tiles, size.tumour_fraction
     return (
         f"{len(SUBTYPES)} subtypes, of each {size.num_train_cases} training and {size.num_test_cases} held-out cases "
-        f"of a slide each; {fewest} to {most} tiles of {TILE_PX} px, {least:.0%} to {largest:.0%} of them tumour, of which "
-        f"{size.purity:.0%} show the slide's subtype; spread of stains {size.stain_spread}."
+        f"of a slide each; {fewest} to {most} tiles of {TILE_PX} px, {least:.0%} to {largest:.0%} of them tumour, of "
+        f"which {size.purity:.0%} show the slide's subtype; spread of stains {size.stain_spread}."
     )
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning_arms import ABLATION_ARMS, ARMS, Arm, run_arm
+from benchmarks.learning_arms import ABLATION_ARMS, ARMS, Arm, run_arm, stored_result
 from benchmarks.learning_cohort import CohortSize, write_cohort
 from benchmarks.learning_report import summarize, write_results
 from benchmarks.learning_scores import Cohort
@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds, for all arms")
     parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=VALUE|VALUE", help="other values of settings")
+    parser.add_argument("--finished", action="store_true", help="run nothing: only sum up what is finished in --work")
     parser.add_argument("--write-results", action="store_true", help="write benchmarks/results/learning.*")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -69,6 +70,9 @@ def _run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         or ([0] if not arguments.full else _ABLATION_SEEDS if name in ABLATION_ARMS else _MAIN_SEEDS)
         for name in wanted
     }
+    if arguments.finished:
+        found = [stored_result(name, ARMS[name], seed, work) for name in wanted for seed in seeds[name]]
+        return [result for result in found if result is not None]
     results = []
     for seed in sorted({seed for own in seeds.values() for seed in own}):
         cohort = Cohort(write_cohort(work / "cohorts" / f"seed-{seed}", seed, CohortSize()), seed)

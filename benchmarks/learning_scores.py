@@ -121,10 +121,10 @@ def _with_text(vectors: SlideVectors, cohort: Cohort) -> dict[str, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of values `(n,)` with its 95% interval by Student's t, which takes seeds as a sample of seeds."""
+    """Mean of values `(n,)` with its 95% interval by Student's t, over seeds as a sample; none below 3 seeds."""
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, float("nan"), float("nan")
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
     return mean, mean - half, mean + half

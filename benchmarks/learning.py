@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What DRE-SLCL's parts are worth: held-out quality of slide embeddings at the same number of encoded tiles.
+
+    python -m benchmarks.learning                           # a few arms, one seed, under 4 minutes on 2 quiet cores
+    python -m benchmarks.learning --full --work work        # all arms on 5 seeds, ablations on 3; goes on if killed
+    python -m benchmarks.learning --full --work work --arms dre_full no_bank --seeds 0 1 2
+    python -m benchmarks.learning --full --work work --write-results   # and benchmarks/results/learning.*
+
+Each seed is a cohort of its own (`learning_cohort`), on which every arm (`learning_arms`) is trained with as many
+tiles with gradient, and asked the same on all tiles of the held-out slides (`learning_scores`).
+`--vary "NAME=VALUE|VALUE"` runs the arms with other values of a setting; so settings were chosen, on seeds 100 and
+up, never on those that are reported. A finished run is one JSON below `--work`, and is not repeated as long as its arm
+stays the same.
+
+Figures of the last line: `<arm>_<score>` as [mean, lower, upper] with 95% intervals over seeds; `difference_*` the
+paired differences; `must_hold`: the interval of `headline_arm` lies above those of the best frozen arm and of
+`no_bank`, for each score. Needs torchmil for attention pooling.
+
+Ends in one line of JSON.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.learning_arms import ABLATION_ARMS, ARMS, Arm, run_arm, stored_result
+from benchmarks.learning_cohort import CohortSize, write_cohort
+from benchmarks.learning_report import summarize, write_results
+from benchmarks.learning_scores import Cohort
+
+logger = logging.getLogger("benchmarks.learning")
+_SMALL_ARMS = ("frozen_ssl_mean", "frozen_ssl_abmil_labels", "no_bank", "dre_full")
+_MAIN_SEEDS, _ABLATION_SEEDS = range(5), range(3)
+
+
+def main() -> int:
+    """Runs the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="all arms: the main ones on 5 seeds, ablations on 3")
+    parser.add_argument("--work", type=Path, help="folder for cohorts and finished runs (default: a temporary one)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these seeds, for all arms")
+    parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=VALUE|VALUE", help="other values of settings")
+    parser.add_argument("--finished", action="store_true", help="run nothing: only sum up what is finished in --work")
+    parser.add_argument("--write-results", action="store_true", help="write benchmarks/results/learning.*")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = _run(arguments, arguments.work or Path(temporary))
+    summary = summarize(results)
+    if arguments.write_results:
+        write_results(results, summary, Path(__file__).parent / "results")
+    print(json.dumps(summary["line"]))
+    return 0
+
+
+def _run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Runs what the arguments say, seed by seed; returns a result for each run."""
+    wanted = arguments.arms or (list(ARMS) if arguments.full else list(_SMALL_ARMS))
+    seeds = {
+        name: arguments.seeds
+        or ([0] if not arguments.full else _ABLATION_SEEDS if name in ABLATION_ARMS else _MAIN_SEEDS)
+        for name in wanted
+    }
+    if arguments.finished:
+        found = [stored_result(name, ARMS[name], seed, work) for name in wanted for seed in seeds[name]]
+        return [result for result in found if result is not None]
+    results = []
+    for seed in sorted({seed for own in seeds.values() for seed in own}):
+        cohort = Cohort(write_cohort(work / "cohorts" / f"seed-{seed}", seed, CohortSize()), seed)
+        for name in (name for name in wanted if seed in seeds[name]):
+            for full_name, arm in _variants(name, arguments.vary):
+                result = run_arm(full_name, arm, cohort, work)
+                scores = ", ".join(f"{score} {value:.3f}" for score, value in result["scores"].items())
+                logger.info("seed %d, %s: %s (%.0f CPU s)", seed, full_name, scores, result["cpu_seconds"])
+                results.append(result)
+    return results
+
+
+def _variants(name: str, vary: list[str]) -> list[tuple[str, Arm]]:
+    """An arm with every combination of the values to vary, each with its own name."""
+    variants = [(name, ARMS[name])]
+    for item in vary:
+        setting, _, values = item.partition("=")
+        variants = [
+            (f"{full_name}+{setting}={value}", arm.varied(setting, json.loads(value)))
+            for full_name, arm in variants
+            for value in values.split("|")
+        ]
+    return variants
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -80,7 +80,7 @@ def launch(data, folder, num_processes, stop_after=0):
     command = command if num_processes > 1 else [sys.executable]
     command = [*command, str(data / "script.py"), str(folder), str(stop_after)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     order = {}
     for rank in range(num_processes):
         steps, sent = json.loads((folder / f"order-{num_processes}-{rank}.json").read_text())

@@ -25,10 +25,10 @@ QUICK = {
 }
 # Those of training share a process, for it imports for as long as they run.
 QUICK_TRAINING = {
-    "train_kills": 8,
+    "train_kills": 6,
     "crash_points": 1,
-    "power_loss": 40,
-    "damaged_checkpoints": 20,
+    "power_loss": 20,
+    "damaged_checkpoints": 8,
     "train_signals": 4,
     "pickles": 4,
     "not_finite": 4,
@@ -38,7 +38,7 @@ QUICK_TRAINING = {
 # What takes longer, where slow tests are, in two halves; `make reliability COUNTS=default` runs the usual counts.
 SLOW_TRAINING = (
     {"train_sabotages": 20, "train_signals": 10, "determinism": 2, "not_finite": 40},
-    {"train_kills": 40, "train_disk_full": 2, "power_loss": 200, "damaged_checkpoints": 100, "pickles": 24},
+    {"train_kills": 20, "train_disk_full": 2, "power_loss": 100, "damaged_checkpoints": 40, "pickles": 24},
 )
 TRAINING = {*QUICK_TRAINING, "train_disk_full", "train_sabotages", "determinism"}
 NEED_ROOT = {"disk_full", "train_disk_full"}
@@ -105,8 +105,8 @@ def test_usual_counts(name):
     "sabotage", ["declare_during_exchange", "restore_any", "forget_parts", "leave_temporary_files"]
 )
 def test_kills_would_find_what_is_broken_on_purpose(sabotage):
-    figures, _ = run("build_kills", 100, "--sabotage", sabotage)
-    assert figures["faults"] > 0
+    # Kills fall at random, and a hundred of them may all miss.
+    assert any(run("build_kills", 100, "--sabotage", sabotage, "--seed", str(seed))[0]["faults"] for seed in range(3))
 
 
 def test_every_campaign_is_run():

@@ -27,7 +27,7 @@ MISSING = frozenset({"", "na", "n/a", "nan", "null", "#n/a"})
 # A leading zero marks a code such as "007", not a number.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 _NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-_MAX_FIELD_CHARS = 16 << 20
+MAX_FIELD_CHARS = 16 << 20
 _MAX_TABLE_BYTES = 2 << 30
 _MAX_CELLS = 20_000_000
 _MAX_HEADER_CHARS = 1 << 20
@@ -95,10 +95,10 @@ def _read_parquet(path: Path) -> dict[str, list[Any]]:
 
 
 def _read_lines(path: Path, delimiter: str) -> list[list[str]]:
-    previous_limit = csv.field_size_limit(_MAX_FIELD_CHARS)  # a report may be longer than csv's 128 kB
+    previous_limit = csv.field_size_limit(MAX_FIELD_CHARS)  # a report may be longer than csv's 128 kB
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
-            lines = list(csv.reader(_bounded_lines(handle), delimiter=delimiter, strict=True))
+            lines = list(csv.reader(bounded_lines(handle), delimiter=delimiter, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a UTF-8 table with quoted text fields ({error}).") from error
     finally:
@@ -109,11 +109,11 @@ def _read_lines(path: Path, delimiter: str) -> list[list[str]]:
     return lines
 
 
-def _bounded_lines(handle: TextIO) -> Iterator[str]:
+def bounded_lines(handle: TextIO) -> Iterator[str]:
     """Yields lines; one without end is given up before it fills the memory."""
-    while line := handle.readline(_MAX_FIELD_CHARS + 1):
-        if len(line) > _MAX_FIELD_CHARS:
-            raise csv.Error(f"a line of more than {_MAX_FIELD_CHARS} characters")
+    while line := handle.readline(MAX_FIELD_CHARS + 1):
+        if len(line) > MAX_FIELD_CHARS:
+            raise csv.Error(f"a line of more than {MAX_FIELD_CHARS} characters")
         yield line
 
 

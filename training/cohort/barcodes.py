@@ -14,7 +14,8 @@ TUMOR, NORMAL = "tumor", "normal"
 FFPE, FROZEN = "ffpe", "frozen"
 TCGA, CPTAC = "TCGA", "CPTAC"
 
-_TCGA_CASE = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
+# Groups: case, tissue source site.
+TCGA_CASE = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})(?![A-Z0-9])", re.IGNORECASE)
 _TCGA_SLIDE = re.compile(
     r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})-(\d{2})[A-Z]?-[A-Z0-9]{2}-(DX|TS|MS|BS)[A-Z0-9]{1,2}(\..+)?", re.IGNORECASE
 )
@@ -56,11 +57,11 @@ def parse_slide_name(stem: str) -> SlideName | None:
 def case_of(text: str) -> str | None:
     """The case that a barcode of any length belongs to (case, sample, aliquot, slide, file), `None` without one."""
     text = text.strip()
-    match = _TCGA_CASE.match(text) or _CPTAC_CASE.match(text)
+    match = TCGA_CASE.match(text) or _CPTAC_CASE.match(text)
     return match[0].upper() if match else None
 
 
 def is_normal_sample(text: str) -> bool:
     """Whether a TCGA barcode names a sample of normal tissue or blood."""
-    match = re.match(rf"{_TCGA_CASE.pattern}-(\d\d)", text.strip(), re.IGNORECASE)
-    return bool(match) and 10 <= int(match[2]) <= 19
+    match = re.match(rf"{TCGA_CASE.pattern}-(\d\d)", text.strip(), re.IGNORECASE)
+    return bool(match) and 10 <= int(match[3]) <= 19

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-_MAX_FIELD_CHARS = 16 << 20  # a report may be longer than csv's 128 kB
+from ..manifest_table import MAX_FIELD_CHARS, bounded_lines
+
 # How GDC, cBioPortal, TCGA-CDR and spreadsheets write that a value is not known.
 _MISSING = frozenset({"", "'--", "--", "na", "n/a", "#n/a", "nan", "null", "not reported", "not available"})
 _MISSING |= {"unknown", "[not available]", "[not applicable]", "[unknown]", "[not evaluated]", "[discrepancy]"}
@@ -36,14 +37,14 @@ def read_rows(path: Path) -> Iterator[dict[str, str]]:
         ValueError: if the file is no UTF-8 text table, has a column twice, or a row with more fields than columns.
         FileNotFoundError: if it is not there.
     """
-    limit = csv.field_size_limit(_MAX_FIELD_CHARS)
+    limit = csv.field_size_limit(MAX_FIELD_CHARS)
     number = 0
     try:
         with _open_text(path) as handle:
             columns, delimiter = _read_header(path, handle)
             # In tab-separated files a quotation mark is a character like any other.
             quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-            for number, cells in enumerate(csv.reader(handle, delimiter=delimiter, quoting=quoting), 1):
+            for number, cells in enumerate(csv.reader(bounded_lines(handle), delimiter=delimiter, quoting=quoting), 1):
                 if len(cells) > len(columns):
                     raise ValueError(f"{path}, row {number}: {len(cells)} fields, but the header has {len(columns)}.")
                 if any(cells):
@@ -65,7 +66,7 @@ def _open_text(path: Path) -> Iterator[TextIO]:
 def _read_header(path: Path, handle: TextIO) -> tuple[list[str], str]:
     line = "#"
     while line.startswith("#"):
-        line = handle.readline(_MAX_FIELD_CHARS)
+        line = handle.readline(MAX_FIELD_CHARS)
     delimiter = "\t" if "\t" in line else ";" if ";" in line and "," not in line else ","
     columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
     if len(columns) < 2:

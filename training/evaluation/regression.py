@@ -11,10 +11,10 @@ import numpy as np
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_squared_error
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from .case_folds import inner_splits, strata_of
 from .label_table import TaskLabels
+from .one_thread import one_thread
 
 # Strongest first; the stronger of two equally good ones is taken.
 REGULARISATIONS = tuple(10.0 ** (power / 2) for power in range(12, -5, -1))
@@ -45,7 +45,7 @@ class RidgeHead:
         is_validation: np.ndarray | None = None,
     ) -> "RidgeHead":
         """Fits to features `(n, D)` and numbers `(n,)`, float."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             strength = _choose(features, targets, case_ids, seed, is_validation)
             self._scaler = StandardScaler().fit(features)
             self._model = Ridge(strength).fit(self._scaler.transform(features), targets)

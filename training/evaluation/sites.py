@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which hospital a case comes from: a model may learn its stains and scanners instead of the disease."""
 
+from ..cohort.barcodes import TCGA_CASE
 from ..manifest_checks import raise_offenders
 from .embedding_table import EmbeddingTable
 from .label_table import LabelTable
-from .task_items import TCGA_BARCODE
 
 
 def find_sites(table: EmbeddingTable, labels: LabelTable, column: str | None = None) -> list[str]:
@@ -24,7 +24,7 @@ def find_sites(table: EmbeddingTable, labels: LabelTable, column: str | None = N
     """
     if column is None:
         found = [
-            TCGA_BARCODE.match(case_id) or TCGA_BARCODE.match(id_)
+            TCGA_CASE.match(case_id) or TCGA_CASE.match(id_)
             for id_, case_id in zip(table.ids, table.case_ids, strict=True)
         ]
         missing = [id_ for id_, match in zip(table.ids, found, strict=True) if match is None]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from .case_folds import inner_splits
+from .one_thread import one_thread
 from .scores import import_survival, survival_scores
 
 # Strongest first; the stronger of two equally good ones is taken.
@@ -60,7 +60,7 @@ class CoxHead:
             raise ValueError("A Cox model needs training items whose event was seen, found none.")
         if (targets["time"] < 0).any():
             raise ValueError(f"Times must not be negative, found {targets['time'].min():g}.")
-        with threadpool_limits(limits=1):
+        with one_thread():
             strength = self._choose(features, targets, case_ids, seed, is_validation)
             self._scaler = StandardScaler().fit(features)
             path = tuple(value for value in REGULARISATIONS if value >= strength)

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..cohort.barcodes import TCGA_CASE
 from ..manifest_checks import raise_offenders
 from .embedding_table import EmbeddingTable, mean_by_case
 from .label_table import LabelTable, TaskLabels
 
 logger = logging.getLogger(__name__)
 LEVELS = ("slide", "case")
-TCGA_BARCODE = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})(?![A-Z0-9])", re.IGNORECASE)
-CASE_RULES = {"tcga": TCGA_BARCODE, "slide": re.compile(r"(.*)")}
+CASE_RULES = {"tcga": TCGA_CASE, "slide": re.compile(r"(.*)")}
 
 
 def case_rule(text: str | None) -> "re.Pattern[str] | None":

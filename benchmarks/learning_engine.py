@@ -9,7 +9,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.learning_scores import Cohort, SlideVectors
@@ -18,8 +17,6 @@ from dre_slcl.training.config import TrainConfig
 from dre_slcl.training.embed_split import embed_split
 from dre_slcl.training.sampler import PADDING
 from dre_slcl.training.trainer import Trainer
-from modeling_dre_slcl import residual_encoder
-from modeling_dre_slcl.residual_encoder import _at_least_float32
 
 # A small ResNet with group norm, so that no statistics of a batch reach the bank, and a stem for small tiles.
 TILE_ENCODER = {
@@ -135,24 +132,16 @@ def _without(changed: str | None) -> Iterator[None]:
     """Leaves a part of the method out while a run lasts.
 
     Args:
-        changed (`str`, *optional*): `"intra_normalisation"`: residuals are normalised as a whole only; `"drift"`: mode
-            `corrected` keeps its strata and weights, but takes stored tiles as they were stored.
+        changed (`str`, *optional*): `"drift"`: mode `corrected` keeps its strata and weights, but takes stored tiles
+            as they were stored.
     """
     if changed is None:
         yield
-    elif changed == "intra_normalisation":
-        with mock.patch.object(residual_encoder, "normalize_residuals", _normalize_whole):
-            yield
     elif changed == "drift":
         with mock.patch.dict(bank_modes.BANK_MODES, {"corrected": _Uncorrected}):
             yield
     else:
-        raise ValueError(f"`changed` must be 'intra_normalisation' or 'drift', got {changed!r}.")
-
-
-def _normalize_whole(residuals: torch.Tensor) -> torch.Tensor:
-    (residuals,) = _at_least_float32(residuals)
-    return F.normalize(residuals.flatten(1), dim=-1).view_as(residuals)
+        raise ValueError(f"`changed` must be 'drift', got {changed!r}.")
 
 
 class _Uncorrected(bank_modes.Corrected):

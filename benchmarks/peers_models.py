@@ -2,10 +2,9 @@
 """Aggregators of tile features, each with a linear classifier, and one way to train them all.
 
 Mean pooling, ABMIL and TransMIL (torchmil's), and this package's residual encoder on a codebook of 4 or 16 codewords
-(16 is the package's default), fitted on the training tiles; once more with each codeword's share of the tiles beside
-the slide embedding, which residuals alone do not tell (`residual_16_shares`: not part of the package). All get the
-same slides, batches, epochs, optimiser and choice: of two learning rates and all epochs, the one with the best AUROC
-on validation slides.
+(16 is the package's default), fitted on the training tiles, and once more with the paper's tokens, directions of
+residual sums (`residual_16_vlad`). All get the same slides, batches, epochs, optimiser and choice: of two learning
+rates and all epochs, the one with the best AUROC on validation slides.
 """
 
 import copy
@@ -23,7 +22,7 @@ from torch import nn
 from dre_slcl.training.codebook import fit_codebook
 from modeling_dre_slcl.residual_encoder import ResidualEncoder, residual_sums
 
-METHODS = ("mean", "abmil", "transmil", "residual_4", "residual_16", "residual_16_shares")
+METHODS = ("mean", "abmil", "transmil", "residual_4", "residual_16", "residual_16_vlad")
 LEARNING_RATES = (3e-4, 3e-3)
 _CODEBOOK_TILES = 20_000
 
@@ -72,12 +71,12 @@ class MeanPooling(nn.Module):
 class ResidualClassifier(nn.Module):
     """The residual encoder of this package before a linear classifier; slides come as residual sums or as tiles."""
 
-    def __init__(self, sizes: Sizes, codebook: torch.Tensor, *, with_shares: bool = False) -> None:
+    def __init__(self, sizes: Sizes, codebook: torch.Tensor, codeword_tokens: str) -> None:
         super().__init__()
-        self.with_shares = with_shares
         self.encoder = ResidualEncoder(
             hidden_size=sizes.width,
             num_codewords=len(codebook),
+            codeword_tokens=codeword_tokens,
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=4 * sizes.width,
@@ -85,16 +84,12 @@ class ResidualClassifier(nn.Module):
             layer_norm_eps=1e-6,
         )
         self.encoder.codebook.copy_(codebook)
-        self.classifier = nn.Linear(sizes.width + with_shares * len(codebook), 1)
+        self.classifier = nn.Linear(sizes.width, 1)
 
     def forward(self, slides: "torch.Tensor | tuple[torch.Tensor, torch.Tensor]") -> torch.Tensor:
         """Tiles `(B, N, D)`, or residuals `(B, K, D)` with counts `(B, K)` -> logits `(B,)`."""
         residuals, counts = slides if isinstance(slides, tuple) else residual_sums(slides, self.encoder.codebook)
-        embedding = self.encoder(residuals, counts).slide_embedding
-        if self.with_shares:
-            # Times K: 1 where tiles are spread evenly over the codewords.
-            embedding = torch.cat([embedding, counts * (counts.shape[1] / counts.sum(dim=1, keepdim=True))], dim=1)
-        return self.classifier(embedding).squeeze(-1)
+        return self.classifier(self.encoder(residuals, counts).slide_embedding).squeeze(-1)
 
 
 def build(method: str, sizes: Sizes, train: FeatureCohort, seed: int) -> nn.Module:
@@ -106,7 +101,7 @@ def build(method: str, sizes: Sizes, train: FeatureCohort, seed: int) -> nn.Modu
         tiles = train.features.flatten(0, 1)
         rows = torch.randperm(len(tiles))[:_CODEBOOK_TILES]
         codebook = fit_codebook(tiles[rows].numpy(), int(method.split("_")[1]), seed=seed)
-        return ResidualClassifier(sizes, torch.from_numpy(codebook), with_shares=method.endswith("shares"))
+        return ResidualClassifier(sizes, torch.from_numpy(codebook), "vlad" if method.endswith("vlad") else "mean")
     from torchmil.models import ABMIL, TransMIL
 
     if method == "abmil":

@@ -109,7 +109,7 @@ def one_process(data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sizes", [(2,), (4, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(2,), (4, 2), (4, 1), (1, 4)], ids=str)
 def test_order_and_losses_are_those_of_one_process(data, tmp_path, one_process, sizes):
     order, losses = run_at(data, tmp_path / "run", *sizes)
     expected_order, expected = one_process

@@ -13,7 +13,6 @@ Letters: n tiles, M nuclei of each.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -38,7 +37,6 @@ _JPEG_QUALITY = 95
 # Optical density of haematoxylin and eosin in red, green and blue (Ruifrok and Johnston, 2001).
 _HAEMATOXYLIN, _EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
 _NUM_NUCLEI = 16
-_SIZES = np.array([0.8, 1.0, 1.25])  # of tumour nuclei by subtype, where they tell it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +49,6 @@ class CohortSize:
         purity (`float`): share of the tumour tiles with their slide's own subtype; others show another one's.
         stain_spread (`float`): standard deviation of the logarithm of stain strengths, between slides.
         num_tiles (`tuple[int, int]`): range of the tiles of a slide.
-        cue (`str`): what of tumour nuclei tells the subtype: their `"arrangement"`, or their `"size"`, which zooming,
-            as self-supervision does it, makes hard to see; the other is the same in all subtypes.
     """
 
     num_train_cases: int = 128
@@ -61,7 +57,6 @@ class CohortSize:
     purity: float = 0.9
     stain_spread: float = 0.25
     num_tiles: tuple[int, int] = (100, 120)
-    cue: Literal["arrangement", "size"] = "arrangement"
 
 
 def write_cohort(folder: Path, seed: int, size: CohortSize) -> Path:
@@ -212,11 +207,8 @@ def _draw_nuclei(
     centres = random.uniform(-15, 15, size=(n, _NUM_NUCLEI, 2))
     for place in np.flatnonzero(kinds == KINDS.index("benign gland")):
         centres[place] = _arrange("tubular", 11, random)
-    is_tumour = kinds == KINDS.index("tumour")
-    for place in np.flatnonzero(is_tumour):
-        centres[place] = _arrange(names[subtype[place]] if size.cue == "arrangement" else "solid", 12, random)
-    if size.cue == "size":
-        radii[is_tumour] *= _SIZES[subtype[is_tumour], None]
+    for place in np.flatnonzero(kinds == KINDS.index("tumour")):
+        centres[place] = _arrange(names[subtype[place]], 12, random)
     return centres, radii, depth
 
 

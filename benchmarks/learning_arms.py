@@ -85,7 +85,7 @@ MAIN_ARMS: dict[str, Arm] = {
 ABLATION_ARMS: dict[str, Arm] = {
     "full_k4": _engine(model_config={"num_codewords": 4}),
     "full_k64": _engine(model_config={"num_codewords": 64}),
-    "full_vlad": _engine(model_config={"codeword_tokens": "vlad"}),
+    "full_vlad": _engine(bank_mode="full", model_config={"codeword_tokens": "vlad"}),
     "no_bank_vlad": _engine(bank_mode="paper", retrieved_per_slide=0, model_config={"codeword_tokens": "vlad"}),
     "frozen_ssl_vlad": _engine(**_FROZEN_HEAD, model_config={"codeword_tokens": "vlad"}),
     "full_no_transformer": _engine(model_config={"num_hidden_layers": 0}),

@@ -238,10 +238,10 @@ class Run:
             visit = plan.step // len(sampler.shards[0])
             for draw in range(num_draws):
                 drawn = [sampler.tiles_at(slide, 1_000_000 * (batch + 1) + draw) for slide in plan.slides.tolist()]
-                sampled, weights, retrieved = (np.stack(part) for part in zip(*drawn, strict=True))
+                sampled, retrieved = (np.stack(part) for part in zip(*drawn, strict=True))
                 due = [sampler.refreshed_at(slide, visit) for slide in plan.slides.tolist()]
                 due = [np.where(np.isin(tiles, own), PADDING, tiles) for tiles, own in zip(due, sampled, strict=True)]
-                redrawn = StepPlan(plan.step, plan.slides, sampled, weights, retrieved, np.stack(due))
+                redrawn = StepPlan(plan.step, plan.slides, sampled, retrieved, np.stack(due))
                 self.refresh(redrawn)
                 tiles, values, texts = self.inputs(redrawn)
                 given = (self.model, tiles, values, check.features(self.model, values), texts, places)

@@ -132,8 +132,8 @@ def _without(changed: str | None) -> Iterator[None]:
     """Leaves a part of the method out while a run lasts.
 
     Args:
-        changed (`str`, *optional*): `"drift"`: mode `corrected` keeps its strata and weights, but takes stored tiles
-            as they were stored.
+        changed (`str`, *optional*): `"drift"`: mode `corrected` keeps its strata and its gradient of all tiles, but
+            takes stored tiles as they were stored.
     """
     if changed is None:
         yield
@@ -148,6 +148,6 @@ class _Uncorrected(bank_modes.Corrected):
     """Mode `corrected` without its correction."""
 
     def arguments(self, model: nn.Module, tiles: bank_modes.PlannedTiles) -> bank_modes.Arguments:
-        """As mode `full`, with weights; see `BankMode.arguments`."""
+        """As mode `full`, with that gradient; see `BankMode.arguments`."""
         residuals, counts = model.memory_bank.residuals_of_others(tiles.slides, tiles.sampled, model.codebook)
-        return {"stored_residuals": residuals, "stored_counts": counts, "tile_weights": tiles.weights}
+        return {"stored_residuals": residuals, "stored_counts": counts, "stand_for_all": True}

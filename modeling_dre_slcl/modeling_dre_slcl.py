@@ -287,7 +287,7 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         tile_mask: torch.Tensor | None = None,
-        tile_weights: torch.Tensor | None = None,
+        stand_for_all: bool = False,
         stored_residuals: torch.Tensor | None = None,
         stored_counts: torch.Tensor | None = None,
         dropped_codewords: torch.Tensor | None = None,
@@ -310,7 +310,7 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, M, C, H, W)`, float): normalised pixels of each slide's tiles.
             tile_mask (`torch.Tensor` of shape `(B, M)`, bool, *optional*): False for padding.
-            tile_weights, stored_residuals, stored_counts, dropped_codewords, stored_tile_features, stored_tile_ages,
+            stand_for_all, stored_residuals, stored_counts, dropped_codewords, stored_tile_features, stored_tile_ages,
                 stored_tile_mask, moved_sums: what stands for the slides' other tiles, as in
                 `residual_estimate.estimate_residuals`.
             input_ids (`torch.Tensor` of shape `(B, T)`, *optional*): the reports' token ids.
@@ -331,7 +331,7 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
             tile_features,
             self.codebook,
             tile_mask,
-            tile_weights=tile_weights,
+            stand_for_all=stand_for_all,
             stored_residuals=stored_residuals,
             stored_counts=stored_counts,
             dropped_codewords=dropped_codewords,

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimates of whole slides' residuals against sums over all tiles, written out tile by tile."""
 
-from itertools import product
+from itertools import combinations, product
 
 import torch
 
-from modeling_dre_slcl.residual_encoder import residual_sums
-from modeling_dre_slcl.residual_estimate import estimate_residuals
+from modeling_dre_slcl.residual_encoder import assign_codewords, residual_sums
+from modeling_dre_slcl.residual_estimate import estimate_residuals, tiles_stood_for
 
 TILES, WIDTH, CODEWORDS = 7, 5, 3
 
@@ -19,31 +19,73 @@ def slide(seed=0, movement=0.3):
     return stored, stored + movement * torch.randn(TILES, WIDTH, dtype=torch.float64), codebook
 
 
-def test_weights_multiply_gradients_and_leave_values():
-    _, fresh, codebook = slide()
-    weights = torch.tensor([[3.0, 1.0, 2.5, 4.0, 1.0, 1.0, 0.5]], dtype=torch.float64)
-    upstream = torch.randn(1, CODEWORDS, WIDTH, dtype=torch.float64)
-    results = []
-    for tile_weights in (None, weights):
-        leaf = fresh[None].clone().requires_grad_()
-        residuals, _ = estimate_residuals(leaf, codebook, tile_weights=tile_weights)
-        results.append((residuals.detach(), torch.autograd.grad(residuals, leaf, upstream)[0]))
-    torch.testing.assert_close(results[1][0], results[0][0])
-    torch.testing.assert_close(results[1][1], weights[..., None] * results[0][1])
+def gradients(fresh, codebook, chosen, upstream, **options):
+    """Encodes `chosen` tiles of a slide, all others are stored as they are now: residuals, gradient by features."""
+    others = [tile for tile in range(len(fresh)) if tile not in chosen]
+    stored, counts = residual_sums(fresh[None, others], codebook)
+    leaf = fresh[None, list(chosen)].clone().requires_grad_()
+    residuals, _ = estimate_residuals(leaf, codebook, stored_residuals=stored, stored_counts=counts, **options)
+    return residuals.detach(), torch.autograd.grad(residuals, leaf, upstream)[0][0]
 
 
-def test_with_strata_the_mean_gradient_over_all_draws_is_that_of_all_tiles():
+def test_tiles_that_stand_for_all_have_the_gradient_of_all_and_the_value_of_one():
     _, fresh, codebook = slide()
     upstream = torch.randn(1, CODEWORDS, WIDTH, dtype=torch.float64)
-    draws, strata = [], ((0, 1, 2), (3, 4), (5, 6))
-    for chosen in product(*strata):
-        leaf = fresh[None].clone().requires_grad_()
-        weights = torch.tensor([[float(len(stratum)) for stratum in strata]], dtype=torch.float64)
-        residuals, _ = estimate_residuals(leaf[:, list(chosen)], codebook, tile_weights=weights)
-        draws.append(torch.autograd.grad(residuals, leaf, upstream)[0])
-    leaf = fresh[None].clone().requires_grad_()
-    expected = torch.autograd.grad(residual_sums(leaf, codebook)[0], leaf, upstream)[0]
+    codeword = [min(range(CODEWORDS), key=lambda k: float((tile - codebook[k]).norm())) for tile in fresh]
+    sizes = [codeword.count(k) for k in range(CODEWORDS)]
+    assert min(sizes) > 0
+    some_missing = False
+    for chosen in combinations(range(TILES), 3):
+        found, by_tile = gradients(fresh, codebook, chosen, upstream, stand_for_all=True)
+        torch.testing.assert_close(found, residual_sums(fresh[None], codebook)[0])
+        expected = torch.zeros(3, WIDTH, dtype=torch.float64)
+        for k in range(CODEWORDS):
+            standing = [place for place, tile in enumerate(chosen) if codeword[tile] == k]
+            if not standing:
+                some_missing = True
+                standing = [min(range(3), key=lambda place: float((fresh[chosen[place]] - codebook[k]).norm()))]
+            for place in standing:
+                expected[place] += sizes[k] / len(standing) * upstream[0, k]
+        torch.testing.assert_close(by_tile, expected)
+    assert some_missing
+    torch.testing.assert_close(
+        gradients(fresh, codebook, (0, 4, 5), upstream)[1], upstream[0, [codeword[tile] for tile in (0, 4, 5)]]
+    )
+
+
+def test_with_tiles_of_every_codeword_the_mean_gradient_over_all_draws_is_that_of_all_tiles():
+    _, fresh, codebook = slide()
+    # Not the gradient by features, which is alike at a codeword, but that of an encoder's parameters behind them.
+    inputs, matrix = torch.randn(TILES, 4, dtype=torch.float64), torch.zeros(4, WIDTH, dtype=torch.float64)
+    upstream = torch.randn(1, CODEWORDS, WIDTH, dtype=torch.float64)
+    codeword = assign_codewords(fresh, codebook)
+    strata = [(codeword == k).nonzero()[:, 0].tolist() for k in range(CODEWORDS)]
+    draws = [
+        inputs[list(chosen)].T @ gradients(fresh, codebook, chosen, upstream, stand_for_all=True)[1]
+        for chosen in product(*strata)
+    ]
+    matrix.requires_grad_()
+    whole, _ = residual_sums((fresh + inputs @ matrix)[None], codebook)
+    (expected,) = torch.autograd.grad(whole, matrix, upstream)
     torch.testing.assert_close(torch.stack(draws).mean(dim=0), expected)
+
+
+def test_padding_stands_for_nothing_and_a_dropped_codeword_for_its_own_tiles():
+    _, fresh, codebook = slide()
+    own = assign_codewords(fresh[:2], codebook)
+    counts = residual_sums(fresh[None, :2], codebook)[1] + 5
+    mask = torch.tensor([[True, True, False, False]])
+    shares = tiles_stood_for(torch.cat([fresh[:2], codebook[[0, 2]]])[None], codebook, counts, mask)
+    assert not shares[0, 2:].any()
+    torch.testing.assert_close(shares.sum(dim=1), counts)
+    assert not tiles_stood_for(fresh[None, :2], codebook, counts, torch.zeros(1, 2, dtype=torch.bool)).any()
+    upstream = torch.ones(1, CODEWORDS, WIDTH, dtype=torch.float64)
+    dropped = torch.ones(1, CODEWORDS, dtype=torch.bool)
+    _, by_tile = gradients(fresh, codebook, (0, 1), upstream, stand_for_all=True, dropped_codewords=dropped)
+    # Codewords without a tile encoded now are not dropped.
+    missing = [k for k in range(CODEWORDS) if k not in own]
+    left = 2 + sum(int((assign_codewords(fresh, codebook) == k).sum()) for k in missing)
+    torch.testing.assert_close(by_tile.sum(dim=0), torch.full((WIDTH,), float(left), dtype=torch.float64))
 
 
 def test_a_dropped_codeword_counts_fresh_tiles_alone_unless_there_are_none():

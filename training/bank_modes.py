@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .sampler import StepPlan, StepSampler, generator
 from .whole_slides import WholeSlides, trained_encoder_parameters
 
-Arguments = dict[str, torch.Tensor | MovedSums]
+Arguments = dict[str, torch.Tensor | MovedSums | bool]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class PlannedTiles:
     def sampled(self) -> torch.Tensor:
         """The sampled tiles: `torch.Tensor` of shape `(b, M)`, int64; -1 is padding."""
         return torch.from_numpy(self.plan.sampled)
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """How many tiles of its slide each stands for: `torch.Tensor` of shape `(b, M)`, float32."""
-        return torch.from_numpy(self.plan.weights).float()
 
 
 class BankMode:
@@ -112,7 +107,7 @@ class Full(BankMode):
 
 
 class Corrected(BankMode):
-    """All tiles; stored ones moved along with what the sampled ones show of the drift, and weights by codeword."""
+    """All tiles; stored ones moved along with what the sampled ones show of the drift; the gradient of all."""
 
     stratified = True
 
@@ -125,19 +120,19 @@ class Corrected(BankMode):
             "stored_tile_ages": bank.ages(tiles.slides, tiles.sampled, step),
             "stored_tile_mask": is_stored,
             "moved_sums": partial(bank.moved_residuals_of_others, tiles.slides, tiles.sampled, model.codebook, step),
-            "tile_weights": tiles.weights,
+            "stand_for_all": True,
         }
 
 
 class TwoPass(BankMode):
-    """All tiles as they are now: a pass without gradient over those not sampled, and weights by codeword."""
+    """All tiles as they are now: a pass without gradient over those not sampled, which stand for all in it."""
 
     stratified = True
 
     def arguments(self, model: DreSlclModel, tiles: PlannedTiles) -> Arguments:
         """Encodes the others without gradient; see `BankMode.arguments`."""
         residuals, counts = self.whole_slides.residuals(model, tiles.plan, range(len(tiles.slides)))
-        return {"stored_residuals": residuals, "stored_counts": counts, "tile_weights": tiles.weights}
+        return {"stored_residuals": residuals, "stored_counts": counts, "stand_for_all": True}
 
 
 class Exact(BankMode):

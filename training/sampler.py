@@ -67,8 +67,6 @@ class StepPlan:
         step (`int`): the step.
         slides (`np.ndarray` of shape `(b,)`, int64): its slides, one from each shard that it owns.
         sampled (`np.ndarray` of shape `(b, M)`, int64): tiles to encode with gradient; -1 is padding.
-        weights (`np.ndarray` of shape `(b, M)`, float64): how many tiles of its slide each sampled one stands for:
-            the inverse of the probability that it was sampled; 0 at padding.
         retrieved (`np.ndarray` of shape `(b, R)`, int64): other tiles to retrieve from the bank; -1 is padding.
         refreshed (`np.ndarray` of shape `(b, F)`, int64): other tiles to encode into the bank; -1 is padding.
     """
@@ -76,7 +74,6 @@ class StepPlan:
     step: int
     slides: np.ndarray
     sampled: np.ndarray
-    weights: np.ndarray
     retrieved: np.ndarray
     refreshed: np.ndarray
 
@@ -120,28 +117,23 @@ class StepSampler:
         cycle, place = divmod(step, len(slides))
         return slides[generator(self.seed, "slides", shard, cycle).permutation(len(slides))[place]]
 
-    def tiles_at(self, slide: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def tiles_at(self, slide: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Draws the tiles of a slide for a step, without repetition, in O(M + R) whatever N is.
 
         Returns:
-            `tuple`: sampled tiles `(M,)`, their weights `(M,)` and retrieved tiles `(R,)`, as in `StepPlan`.
+            `tuple`: sampled tiles `(M,)` and retrieved tiles `(R,)`, as in `StepPlan`.
         """
         num_tiles = self.num_tiles[slide]
         random = generator(self.seed, "tiles", step, self.slide_ids[slide])
         if self.strata is not None:
-            sampled, weights = self.strata.draw(slide, self.tiles_per_slide, random)
+            sampled = self.strata.draw(slide, self.tiles_per_slide, random)
             retrieved = np.empty(0, dtype=np.int64)
         else:
             wanted = min(self.tiles_per_slide + self.retrieved_per_slide, num_tiles)
             # Of few among many, NumPy draws with a set of those drawn so far (Floyd), not by shuffling all.
             drawn = random.choice(num_tiles, size=wanted, replace=False)
             sampled, retrieved = drawn[: self.tiles_per_slide], drawn[self.tiles_per_slide :]
-            weights = np.full(len(sampled), num_tiles / max(len(sampled), 1))
-        return (
-            _padded(sampled, self.tiles_per_slide, PADDING),
-            _padded(weights, self.tiles_per_slide, 0.0),
-            _padded(retrieved, self.retrieved_per_slide, PADDING),
-        )
+        return _padded(sampled, self.tiles_per_slide), _padded(retrieved, self.retrieved_per_slide)
 
     def refreshed_at(self, slide: int, visit: int) -> np.ndarray:
         """The tiles `(F,)` of a slide whose last refresh is the longest ago, at the slide's visit number `visit`.
@@ -154,24 +146,22 @@ class StepSampler:
         while math.gcd(stride, num_tiles) != 1:
             stride += 1
         turns = (visit * count + np.arange(count, dtype=np.int64)) % max(num_tiles, 1)
-        return _padded(turns * stride % max(num_tiles, 1), self.refreshed_per_slide, PADDING)
+        return _padded(turns * stride % max(num_tiles, 1), self.refreshed_per_slide)
 
     def plan(self, step: int) -> StepPlan:
         """Plans this process's part of a step."""
         slides = [self.slide_at(shard, step) for shard in self.owned_shards]
-        sampled, weights, retrieved = zip(*(self.tiles_at(slide, step) for slide in slides), strict=True)
+        sampled, retrieved = zip(*(self.tiles_at(slide, step) for slide in slides), strict=True)
         visits = [step // len(self.shards[shard]) for shard in self.owned_shards]
         refreshed = [self.refreshed_at(slide, visit) for slide, visit in zip(slides, visits, strict=True)]
         # What is sampled is fresh anyway.
         refreshed = [np.where(np.isin(due, own), PADDING, due) for due, own in zip(refreshed, sampled, strict=True)]
-        return StepPlan(
-            step, np.asarray(slides), *(np.stack(part) for part in (sampled, weights, retrieved, refreshed))
-        )
+        return StepPlan(step, np.asarray(slides), *(np.stack(part) for part in (sampled, retrieved, refreshed)))
 
 
-def _padded(values: np.ndarray, length: int, padding: float) -> np.ndarray:
-    """Fills up `values` `(n,)` to `length`."""
-    return np.concatenate([values, np.full(length - len(values), padding, dtype=values.dtype)])
+def _padded(tiles: np.ndarray, length: int) -> np.ndarray:
+    """Fills up `tiles` `(n,)` to `length`."""
+    return np.concatenate([tiles, np.full(length - len(tiles), PADDING, dtype=tiles.dtype)])
 
 
 def shards_of_process(num_shards: int, process: int, num_processes: int) -> list[int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws tiles of a slide in proportion to its codewords: the same kinds of tissue in every step, at the same weight.
+"""Draws tiles of a slide in proportion to its codewords: the same kinds of tissue in every step.
 
 Strata are the codewords that the tiles had when the codebook was last fitted. Being fixed from then on, they let
 worker processes plan steps ahead, and a resumed run plan as before. Tiles of each slide are kept sorted by stratum, so
@@ -53,7 +53,7 @@ class Strata:
             start += count
         self.assign(codeword)
 
-    def draw(self, slide: int, num_drawn: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, slide: int, num_drawn: int, random: np.random.Generator) -> np.ndarray:
         """Draws tiles without repetition; within a stratum all are as likely.
 
         Args:
@@ -62,8 +62,7 @@ class Strata:
             random (`np.random.Generator`): decides.
 
         Returns:
-            `tuple`: tiles of shape `(M,)`, int64, and their weights of shape `(M,)`, float64: how many tiles of its
-            stratum each stands for. Weights sum to the number of tiles of each stratum.
+            `np.ndarray` of shape `(M,)`, int64: the tiles.
         """
         rows, ends = self._rows(slide), self._ends[self._place[slide]]
         total = rows.stop - rows.start
@@ -76,7 +75,7 @@ class Strata:
             end - size + random.choice(size, size=share, replace=False)
             for end, size, share in zip(ends.tolist(), sizes.tolist(), shares.tolist(), strict=True)
         ]
-        return self._order[rows][np.concatenate(places)].astype(np.int64), np.repeat(sizes / shares, shares)
+        return self._order[rows][np.concatenate(places)].astype(np.int64)
 
     def _rows(self, slide: int) -> slice:
         place = self._place[slide]

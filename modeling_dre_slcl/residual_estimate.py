@@ -52,7 +52,8 @@ def estimate_residuals(
         stored_residuals (`torch.Tensor` of shape `(B, K, D)`, *optional*): residual sums over other tiles.
         stored_counts (`torch.Tensor` of shape `(B, K)`, *optional*): the number of those tiles.
         dropped_codewords (`torch.Tensor` of shape `(B, K)`, bool, *optional*): codewords at which the tiles encoded
-            now stand for the whole slide, wherever there are any (stale-feature dropout).
+            now stand for all of the slide there, as many times as that has tiles, if there are any (stale-feature
+            dropout).
         stored_tile_features (`torch.Tensor` of shape `(B, M, D)`, *optional*): what is stored of the tiles encoded
             now. Only with `moved_sums`, as the two that follow.
         stored_tile_ages (`torch.Tensor` of shape `(B, M)`, *optional*): steps since it was stored.
@@ -71,10 +72,14 @@ def estimate_residuals(
         stored_residuals, stored_counts = moved_sums(drift)
     if stored_residuals is not None:
         stored_residuals, stored_counts = stored_residuals.to(residuals), stored_counts.to(counts)
+        all_counts = counts + stored_counts
         if dropped_codewords is not None:
-            kept = ~(dropped_codewords.to(counts.device) & (counts > 0)).unsqueeze(-1)
-            stored_residuals, stored_counts = stored_residuals * kept, stored_counts * kept[..., 0]
-        residuals, counts = residuals + stored_residuals, counts + stored_counts
+            is_dropped = (dropped_codewords.to(counts.device) & (counts > 0)).unsqueeze(-1)
+            # A codeword weighs as much as before: its fresh tiles count as often as it has tiles.
+            repeats = (all_counts / counts.clamp(min=1)).unsqueeze(-1)
+            residuals = torch.where(is_dropped, residuals * repeats, residuals)
+            stored_residuals = stored_residuals * ~is_dropped
+        residuals, counts = residuals + stored_residuals, all_counts
     if stand_for_all:
         shares = tiles_stood_for(values, codebook, counts, tile_mask)
         with torch.autocast(values.device.type, enabled=False):

@@ -156,12 +156,13 @@ def _deletion_effects(
 def _gradient_effects(
     encoder: ResidualEncoder, state: SlideState, features: torch.Tensor, assignment: torch.Tensor, score: Score
 ) -> torch.Tensor:
-    residuals = state.residuals(encoder.codebook).requires_grad_()
+    residuals, counts = state.residuals(encoder.codebook).requires_grad_(), state.counts.double().requires_grad_()
     with torch.enable_grad():
-        value = score(encoder(residuals[None], state.counts[None]).slide_embedding)
-        (gradient,) = torch.autograd.grad(value.sum(), residuals)
+        value = score(encoder(residuals[None], counts[None]).slide_embedding).sum()
+        # A residual's direction does not depend on how many tiles it is of.
+        of_residuals, of_counts = torch.autograd.grad(value, (residuals, counts), materialize_grads=True)
     taken_out = from_fixed_point(fixed_point(features)) - encoder.codebook.double()[assignment]
-    return (taken_out * gradient[assignment]).sum(dim=1)
+    return (taken_out * of_residuals[assignment]).sum(dim=1) + of_counts[assignment]
 
 
 __all__ = ["attribute_tiles", "class_logit", "linear_score", "slide_similarity", "text_similarity"]

@@ -44,12 +44,18 @@ class Buffers:
         return Buffers(self.tokens[:length], self.projected[:length], self.hidden[:length])
 
 
-def refine_in_place(layer: CodewordLayer, buffers: Buffers) -> None:
-    """Applies a layer to `buffers.tokens`, none of which is masked, and overwrites them with what it returns."""
+def refine_in_place(layer: CodewordLayer, buffers: Buffers, log_weights: torch.Tensor | None) -> None:
+    """Applies a layer to `buffers.tokens`, and overwrites them with what it returns.
+
+    Args:
+        layer (`CodewordLayer`): the layer.
+        buffers (`Buffers`): the tokens, none of which is masked.
+        log_weights (`torch.Tensor` of shape `(1, U)`, *optional*): logarithms of their weights, if these differ.
+    """
     attention, tokens = layer.attention, buffers.tokens
     _linear(attention.query_key_value, layer.attention_norm(tokens), buffers.projected)
     query, key, value = _split_heads(attention, buffers.projected).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(query, key, value)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=log_weights)
     # (n, A, U, D / A) -> (n, U, D)
     _add_linear(attention.output, mixed.transpose(1, 2).flatten(2), tokens)
     _linear(layer.intermediate, layer.feed_forward_norm(tokens), buffers.hidden)
@@ -80,10 +86,11 @@ class FirstLayer:
     Args:
         layer (`CodewordLayer`): the layer.
         tokens (`torch.Tensor` of shape `(U, D)`): the tokens.
+        log_weights (`torch.Tensor` of shape `(U,)`): logarithms of their weights.
     """
 
-    def __init__(self, layer: CodewordLayer, tokens: torch.Tensor) -> None:
-        self.layer, self.tokens, self.place = layer, tokens, -1
+    def __init__(self, layer: CodewordLayer, tokens: torch.Tensor, log_weights: torch.Tensor) -> None:
+        self.layer, self.tokens, self.log_weights, self.place = layer, tokens, log_weights, -1
         attention, norm, intermediate = layer.attention, layer.feed_forward_norm, layer.intermediate
         # (U, 3, A, D / A) -> 3 of (A, U, D / A)
         self.query, self.key, self.value = self._project(tokens).permute(1, 2, 0, 3)
@@ -100,7 +107,7 @@ class FirstLayer:
         if place == self.place:
             return
         self.place = place
-        scores = self._scale(self.query @ self.key.transpose(-1, -2))
+        scores = self._scale(self.query @ self.key.transpose(-1, -2)) + self.log_weights
         scores[:, :, place] = -torch.inf
         self.log_total = scores.logsumexp(dim=-1)
         # A token that is alone gets nothing from others.
@@ -120,27 +127,36 @@ class FirstLayer:
     def _scale(self, scores: torch.Tensor) -> torch.Tensor:
         return scores * self.layer.attention.head_size**-0.5
 
-    def __call__(self, changed: torch.Tensor, buffers: Buffers) -> None:
-        """Puts into `buffers.tokens` all tokens after the layer, if the one at the place is `changed` `(n, D)`."""
+    def __call__(self, changed: torch.Tensor, log_weight: torch.Tensor, buffers: Buffers) -> None:
+        """Puts into `buffers.tokens` all tokens after the layer.
+
+        Args:
+            changed (`torch.Tensor` of shape `(n, D)`): what the token at the place is.
+            log_weight (`torch.Tensor` of shape `()`): the logarithm of its weight.
+            buffers (`Buffers`): of as many copies.
+        """
         tokens, hidden, norm = buffers.tokens, buffers.hidden, self.layer.feed_forward_norm
         # (n, 3, A, D / A) -> 3 of (A, n, D / A)
         query, key, value = self._project(changed).permute(1, 2, 0, 3)
         # (A, n, U) -> (n, U, A): how much each unchanged token attends to the changed one
-        weights = torch.sigmoid(self._scale(key @ self.query.transpose(-1, -2)) - self.log_total[:, None])
+        scores = self._scale(key @ self.query.transpose(-1, -2)) + log_weight
+        weights = torch.sigmoid(scores - self.log_total[:, None])
         weights = torch.cat([weights.permute(1, 2, 0), weights.new_ones(*tokens.shape[:2], 2)], dim=2)
         _mix(weights[:, :, :-1], self.placed, (value @ self.heads).transpose(0, 1), tokens)
         # All but the bias is divided by the deviation.
         _, _, scale = torch.native_layer_norm(tokens, tokens.shape[2:], None, None, norm.eps)
         weights[:, :, :-1] *= scale
         _mix(weights, self.hidden_placed, (value @ self.hidden_heads).transpose(0, 1), hidden)
-        tokens[:, self.place] = changed + self._attend(query, key, value)
+        tokens[:, self.place] = changed + self._attend(query, key, value, log_weight)
         hidden[:, self.place] = self.layer.intermediate(norm(tokens[:, self.place]))
         _add_linear(self.layer.output, F.gelu(hidden, out=hidden), tokens)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_weight: torch.Tensor
+    ) -> torch.Tensor:
         """What attention adds to the changed token, of which the arguments `(A, n, D / A)` are: `(n, D)`."""
-        scores = self._scale(query @ self.key.transpose(-1, -2))
-        scores[:, :, self.place] = self._scale((query * key).sum(dim=-1))
+        scores = self._scale(query @ self.key.transpose(-1, -2)) + self.log_weights
+        scores[:, :, self.place] = self._scale((query * key).sum(dim=-1)) + log_weight
         weights = scores.softmax(dim=-1)
         own = weights[:, :, self.place, None] * value
         weights[:, :, self.place] = 0

@@ -21,7 +21,7 @@ PAPER_TILE_ENCODER = {
 
 @strict
 class DreSlclConfig(PreTrainedConfig):
-    r"""Configuration of a DRE-SLCL slide encoder. The defaults are the paper's sizes (arXiv 2511.05034).
+    r"""Configuration of a DRE-SLCL slide encoder. The defaults have the paper's sizes (arXiv 2511.05034).
 
     What the paper's public summaries leave open (number of codewords, pooling of the codeword tokens, temperature)
     holds a value of ours.
@@ -38,6 +38,9 @@ class DreSlclConfig(PreTrainedConfig):
             How the tile encoder's output becomes one vector: `"cls"` (first token), `"mean"` (over tokens or
             positions) or `"pooler"` (the encoder's own pooling, the right one for timm models).
         num_codewords (`int`, defaults to 16): number K of codewords in the K-means codebook.
+        codeword_tokens (`str`, defaults to `"mean"`):
+            How a codeword's tiles become its token: `"mean"`, the mean of their features, which weighs as much as the
+            codeword has tiles, or `"vlad"` (the paper), their residual sum at unit length, all of the same weight.
         num_hidden_layers (`int`, defaults to 2): layers of the Transformer over codeword tokens.
         num_attention_heads (`int`, defaults to 6): its attention heads.
         intermediate_size (`int`, defaults to 1536): width of its feed-forward layers.
@@ -74,6 +77,7 @@ class DreSlclConfig(PreTrainedConfig):
     hidden_size: int = 384
     tile_pooling: Literal["cls", "mean", "pooler"] = "cls"
     num_codewords: int = 16
+    codeword_tokens: Literal["mean", "vlad"] = "mean"
     num_hidden_layers: int = 2
     num_attention_heads: int = 6
     intermediate_size: int = 1536

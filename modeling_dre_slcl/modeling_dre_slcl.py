@@ -89,6 +89,7 @@ class DreSlclModel(SlideInterfaces, DreSlclPreTrainedModel):
         self.residual_encoder = ResidualEncoder(
             hidden_size=config.hidden_size,
             num_codewords=config.num_codewords,
+            codeword_tokens=config.codeword_tokens,
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             intermediate_size=config.intermediate_size,

@@ -16,6 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+# Below it codewords are taken for equal; features have unit length.
+_MIN_SPREAD = 1e-6
+
 
 def assign_codewords(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Assigns each feature to its nearest codeword (Euclidean distance; the lowest index wins a tie).
@@ -73,6 +76,39 @@ def normalize_residuals(residuals: torch.Tensor) -> torch.Tensor:
     return F.normalize(per_codeword.flatten(1), dim=-1).view_as(residuals)
 
 
+def codeword_scale(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What features are standardised by: the mean of the codewords, and their spread around it.
+
+    Features of one tile encoder often share a large constant part, which would drown what differs.
+
+    Args:
+        codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
+
+    Returns:
+        `tuple`: mean of shape `(D,)`, and the root mean square of the codewords' distances to it, per number, of shape
+        `()`; that of unit vectors where all codewords are the same.
+    """
+    mean = codebook.mean(dim=0)
+    spread = (codebook - mean).square().mean().sqrt()
+    return mean, torch.where(spread > _MIN_SPREAD, spread, codebook.shape[1] ** -0.5)
+
+
+def mean_tokens(residuals: torch.Tensor, counts: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The mean feature of a codeword's tiles, standardised by `codeword_scale`: V_k / n_k + c_k.
+
+    Args:
+        residuals (`torch.Tensor` of shape `(..., K, D)`, float): residual sums V_k.
+        counts (`torch.Tensor` of shape `(..., K)`): numbers n_k of tiles.
+        codebook (`torch.Tensor` of shape `(K, D)`, float): codewords c_k.
+
+    Returns:
+        `torch.Tensor` of shape `(..., K, D)`, at least float32: what has no tiles is at its codeword.
+    """
+    residuals, counts, codebook = _at_least_float32(residuals, counts, codebook)
+    mean, spread = codeword_scale(codebook)
+    return (residuals / counts.clamp(min=1)[..., None] + codebook - mean) / spread
+
+
 def _at_least_float32(first: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Casts all to the dtype of the first, or to float32 if that is narrower."""
     dtype = torch.promote_types(first.dtype, torch.float32)
@@ -104,7 +140,10 @@ class SharedDropout(nn.Module):
 
 
 class CodewordAttention(nn.Module):
-    """Multi-head self-attention over codeword tokens; codewords without tiles are not attended to."""
+    """Multi-head self-attention over codeword tokens: softmax of scores + logarithms of the tokens' weights.
+
+    A token of weight n gets the attention that n such tokens would get, and one of weight 0 none.
+    """
 
     def __init__(self, hidden_size: int, num_attention_heads: int, dropout: float) -> None:
         super().__init__()
@@ -117,7 +156,7 @@ class CodewordAttention(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        token_mask: torch.Tensor,
+        log_weights: torch.Tensor,
         need_weights: bool,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,7 +164,7 @@ class CodewordAttention(nn.Module):
 
         Args:
             tokens (`torch.Tensor` of shape `(B, K, D)`): codeword tokens.
-            token_mask (`torch.Tensor` of shape `(B, K)`, bool): True for codewords to attend to.
+            log_weights (`torch.Tensor` of shape `(B, K)`): logarithms of their weights; minus infinity for none.
             need_weights (`bool`): compute attention step by step and return its weights.
             generator (`torch.Generator`, *optional*): draws the dropout.
 
@@ -136,14 +175,13 @@ class CodewordAttention(nn.Module):
         # (B, K, 3 D) -> (3, B, A, K, D / A)
         shape = (batch_size, num_codewords, 3, self.num_attention_heads, self.head_size)
         query, key, value = self.query_key_value(tokens).view(shape).permute(2, 0, 3, 1, 4)
-        mask = token_mask[:, None, None, :]
+        bias = log_weights[:, None, None, :].to(query.dtype)
         weights = None
         if need_weights or (self.training and self.dropout.probability > 0):
-            scores = (query @ key.transpose(-1, -2)) * self.head_size**-0.5
-            weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+            weights = ((query @ key.transpose(-1, -2)) * self.head_size**-0.5 + bias).softmax(dim=-1)
             mixed = self.dropout(weights, generator) @ value
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         # (B, A, K, D / A) -> (B, K, D)
         return self.output(mixed.transpose(1, 2).reshape(tokens.shape)), weights if need_weights else None
 
@@ -165,12 +203,12 @@ class CodewordLayer(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        token_mask: torch.Tensor,
+        log_weights: torch.Tensor,
         need_weights: bool,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Refines tokens of shape `(B, K, D)`; arguments and returns as in `CodewordAttention`."""
-        attended, weights = self.attention(self.attention_norm(tokens), token_mask, need_weights, generator)
+        attended, weights = self.attention(self.attention_norm(tokens), log_weights, need_weights, generator)
         return self.feed_forward(tokens + self.dropout(attended, generator), generator), weights
 
     def feed_forward(self, tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -197,9 +235,16 @@ class ResidualEncoderOutput:
 class ResidualEncoder(nn.Module):
     """The codebook, and the small Transformer that turns a slide's residuals into its embedding.
 
+    A codeword's token comes from its residual sum V_k of n_k tiles in one of two ways:
+
+    - `"mean"`: the mean feature of its tiles, V_k / n_k + c_k, standardised. Attention and the mean over tokens at the
+      end weigh a codeword by n_k, so the embedding knows how much of the slide a codeword is.
+    - `"vlad"` (the paper): V_k to unit length, and all of them together; each codeword with tiles weighs the same.
+
     Args:
         hidden_size (`int`): feature width D.
         num_codewords (`int`): number K of codewords.
+        codeword_tokens (`str`): `"mean"` or `"vlad"`.
         num_hidden_layers (`int`): Transformer layers.
         num_attention_heads (`int`): attention heads A.
         intermediate_size (`int`): feed-forward width.
@@ -218,6 +263,7 @@ class ResidualEncoder(nn.Module):
         *,
         hidden_size: int,
         num_codewords: int,
+        codeword_tokens: str,
         num_hidden_layers: int,
         num_attention_heads: int,
         intermediate_size: int,
@@ -225,6 +271,7 @@ class ResidualEncoder(nn.Module):
         layer_norm_eps: float,
     ) -> None:
         super().__init__()
+        self.codeword_tokens = codeword_tokens
         self.register_buffer("codebook", torch.zeros(num_codewords, hidden_size))
         self.codeword_embedding = nn.Parameter(torch.zeros(num_codewords, hidden_size))
         layer: Callable[[], CodewordLayer] = lambda: CodewordLayer(  # noqa: E731
@@ -246,20 +293,36 @@ class ResidualEncoder(nn.Module):
         Returns:
             `ResidualEncoderOutput`.
         """
-        token_mask = counts > 0
-        # A slide without any tile attends to all of its zero tokens instead of to nothing, which would be NaN.
-        token_mask = token_mask | ~token_mask.any(dim=1, keepdim=True)
-        # Unit norm over K D numbers leaves each far smaller than a codeword's embedding, which would drown it: scaled
-        # to a root mean square of 1.
-        tokens = normalize_residuals(residuals) * (residuals.shape[1] * residuals.shape[2]) ** 0.5
+        tokens, weights = self.codeword_values(residuals, counts)
         tokens = tokens.to(self.norm.weight.dtype) + self.codeword_embedding
+        log_weights = weights.clamp(min=1).log().masked_fill(weights == 0, -torch.inf)
         hidden_states, attentions, generator = [tokens], [], None
         if self.training and self.dropout_seed is not None:
             generator = torch.Generator(tokens.device).manual_seed(self.dropout_seed)
         for layer in self.layers:
-            tokens, weights = layer(tokens, token_mask, need_weights, generator)
+            tokens, attention = layer(tokens, log_weights, need_weights, generator)
             hidden_states.append(tokens)
-            attentions.append(weights)
-        weights = token_mask[..., None].to(tokens.dtype)
-        embedding = (self.norm(tokens) * weights).sum(dim=1) / weights.sum(dim=1)
+            attentions.append(attention)
+        shares = (weights / weights.sum(dim=1, keepdim=True))[..., None].to(tokens.dtype)
+        embedding = (self.norm(tokens) * shares).sum(dim=1)
         return ResidualEncoderOutput(embedding, tuple(hidden_states), tuple(attentions) if need_weights else None)
+
+    def codeword_values(self, residuals: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of a slide goes into the tokens, before the codewords' embeddings are added; and the tokens' weights.
+
+        Args:
+            residuals (`torch.Tensor` of shape `(B, K, D)`, float): residual sums.
+            counts (`torch.Tensor` of shape `(B, K)`): tiles per codeword.
+
+        Returns:
+            `tuple`: values of shape `(B, K, D)` and weights of shape `(B, K)`, 0 or at least 1, both at least float32.
+        """
+        (counts,) = _at_least_float32(counts.to(torch.promote_types(counts.dtype, residuals.dtype)))
+        # A slide without any tile attends to all of its tokens instead of to nothing, which would be NaN.
+        weights = torch.where(counts.sum(dim=1, keepdim=True) > 0, counts, 1)
+        if self.codeword_tokens == "mean":
+            return mean_tokens(residuals, counts, self.codebook), weights
+        # Unit norm over K D numbers leaves each far smaller than a codeword's embedding, which would drown it: scaled
+        # to a root mean square of 1.
+        values = normalize_residuals(residuals) * (residuals.shape[1] * residuals.shape[2]) ** 0.5
+        return values, (weights > 0).to(values)

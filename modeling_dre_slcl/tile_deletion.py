@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slide embedding without each of its tiles in turn, exactly, for all tiles of a slide in seconds.
 
-Taking a tile out changes one codeword's sum. Every other codeword's token stays as it is, because each is normalised
-on its own and their common norm depends only on how many are not empty. So most of the first layer is computed once
-for all tiles (`changed_token`), and empty codewords take no part. Tiles that empty a codeword take the long way.
+Taking a tile out changes one codeword's sum and count. Every other codeword's token stays as it is: means are its own,
+and so are directions, whose common norm depends only on how many codewords are not empty. So most of the first layer
+is computed once for all tiles (`changed_token`), and empty codewords take no part. Tiles that empty a codeword take
+the long way, and with `codeword_tokens="vlad"` those that leave a residual without a direction.
 
 Letters: N tiles, n tiles left out at once, K codewords, U of them used, D feature width.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from .changed_token import Buffers, FirstLayer, refine_in_place
-from .residual_encoder import ResidualEncoder
+from .residual_encoder import ResidualEncoder, codeword_scale
 from .slide_state import SlideState, fixed_point, from_fixed_point
 
 _MIN_NORM = 1e-6  # of a residual, below which its direction is noise: these tiles take the long way
@@ -51,12 +52,10 @@ def embeddings_without_tiles(
     for codeword in assignment.unique().tolist():
         for index in (assignment == codeword).nonzero()[:, 0].split(chunk_size):
             without = residuals[codeword] - (from_fixed_point(fixed_point(features[index])) - codebook[codeword])
-            is_short = without.norm(dim=1) > _MIN_NORM
-            if not slide.is_regular or int(state.counts[codeword]) == 1:
-                is_short[:] = False
-            if bool(is_short.any()):
-                yield index[is_short], slide.encode_changed(codeword, without[is_short])
-            for tile, residual in zip(index[~is_short], without[~is_short], strict=True):
+            is_quick = slide.can_change(codeword, without)
+            if bool(is_quick.any()):
+                yield index[is_quick], slide.encode_changed(codeword, without[is_quick])
+            for tile, residual in zip(index[~is_quick], without[~is_quick], strict=True):
                 yield tile[None], _encode_at_length(encoder, residuals, state.counts, codeword, residual)
 
 
@@ -85,26 +84,52 @@ class _EncodedSlide:
     ) -> None:
         self.encoder = encoder
         self.used = (counts > 0).nonzero()[:, 0]
-        residuals = residuals[self.used]
-        # Otherwise the common norm is not the root of the number of codewords.
-        self.is_regular = bool((residuals.norm(dim=1) > _MIN_NORM).all())
-        self.scale = (encoder.codebook.numel() / len(self.used)) ** 0.5
-        self.tokens = self._to_tokens(residuals, self.used)
-        self.first = FirstLayer(encoder.layers[0], self.tokens)
-        self.buffers = Buffers.allocate(encoder.layers[0], self.tokens, chunk_size)
+        self.counts, residuals = counts[self.used], residuals[self.used]
+        self.has_means = encoder.codeword_tokens == "mean"
+        # Otherwise the common norm of directions is not the root of the number of codewords.
+        has_directions = self.has_means or bool((residuals.norm(dim=1) > _MIN_NORM).all())
+        self.is_regular = has_directions and len(encoder.layers) > 0
+        if not self.is_regular:
+            return
+        weights = self.counts if self.has_means else torch.ones_like(self.counts)
+        self.weights = weights.to(encoder.norm.weight.dtype)
+        tokens = self._to_tokens(residuals, self.used, self.counts)
+        self.first = FirstLayer(encoder.layers[0], tokens, self.weights.log())
+        self.buffers = Buffers.allocate(encoder.layers[0], tokens, chunk_size)
 
-    def _to_tokens(self, residuals: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
-        directions = residuals / residuals.norm(dim=1, keepdim=True) * self.scale
-        return directions.to(self.encoder.norm.weight.dtype) + self.encoder.codeword_embedding[codewords]
+    def _to_tokens(self, residuals: torch.Tensor, codewords: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Residuals `(n, D)`, float64, of codewords `(n,)` with counts `(n,)` -> tokens `(n, D)`."""
+        if self.has_means:
+            mean, spread = codeword_scale(self.encoder.codebook.double())
+            values = (residuals / counts[:, None] + self.encoder.codebook[codewords].double() - mean) / spread
+        else:
+            scale = (self.encoder.codebook.numel() / len(self.used)) ** 0.5
+            values = residuals / residuals.norm(dim=1, keepdim=True) * scale
+        return values.to(self.encoder.norm.weight.dtype) + self.encoder.codeword_embedding[codewords]
+
+    def can_change(self, codeword: int, residuals: torch.Tensor) -> torch.Tensor:
+        """Which residuals `(n, D)` of a codeword, of one tile less, `encode_changed` can take: `(n,)`, bool."""
+        can_change = torch.ones_like(residuals[:, 0], dtype=torch.bool)
+        if not self.is_regular or int(self.counts[self.used == codeword]) == 1:
+            return ~can_change
+        return can_change if self.has_means else residuals.norm(dim=1) > _MIN_NORM
 
     def encode_changed(self, codeword: int, residuals: torch.Tensor) -> torch.Tensor:
-        """Embeddings `(n, D)` of the slide with other residuals `(n, D)`, float64, of one codeword."""
-        buffers = self.buffers.first(len(residuals))
-        self.first.go_to(int((self.used == codeword).nonzero()))
-        self.first(self._to_tokens(residuals, codeword), buffers)
+        """Embeddings `(n, D)` of the slide with other residuals `(n, D)`, float64, of a codeword of one tile less."""
+        buffers, weights = self.buffers.first(len(residuals)), self.weights.clone()
+        place = int((self.used == codeword).nonzero())
+        count = self.counts[place] - 1
+        if self.has_means:
+            weights[place] = count
+        codewords = self.used[place].expand(len(residuals))
+        changed = self._to_tokens(residuals, codewords, count.expand(len(residuals)))
+        self.first.go_to(place)
+        self.first(changed, weights[place].log(), buffers)
+        # All weights are 1 where they are not counts, and attention without a bias is faster.
+        bias = weights.log()[None] if self.has_means else None
         for layer in self.encoder.layers[1:]:
-            refine_in_place(layer, buffers)
-        return self.encoder.norm(buffers.tokens).mean(dim=1)
+            refine_in_place(layer, buffers, bias)
+        return (weights / weights.sum()) @ self.encoder.norm(buffers.tokens)
 
 
 __all__ = ["embeddings_without_tiles", "wide_encoder"]

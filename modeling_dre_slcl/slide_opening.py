@@ -5,6 +5,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,23 +71,23 @@ class OpenedSlide:
             self.slide_id, self.mpp = reader.info.slide_id, reader.info.mpp
         self.sums = SlideSums(model, self.slide_id, self.grid.tile_xy, sampling, keep_features=return_tile_features)
         self.tile_batch_size = tile_batch_size
-        self._batches = iter_tile_batches(
-            path,
-            self.grid,
-            order=self.sums.order[: self.sums.most],
-            batch_size=tile_batch_size,
-            mpp=self.mpp,
-            slide_id=self.slide_id,
-            num_threads=num_threads,
-            progress=progress,
-        )
+        options = {"mpp": self.mpp, "slide_id": self.slide_id, "num_threads": num_threads, "progress": progress}
+        self._read = partial(iter_tile_batches, path, self.grid, batch_size=tile_batch_size, **options)
+        self._batches = self._read(order=self.sums.order[: self.sums.first_part])
         # Reading begins when the first batch is asked for.
         self._first = [next(self._batches)]
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Pixels of the tiles, uint8 RGB `(n, H, W, 3)`, each batch valid until the next one is asked for."""
+        """Pixels of the tiles, uint8 RGB `(n, H, W, 3)`, each batch valid until the next one is asked for.
+
+        The features of all tiles before it are to be in `sums` by then.
+        """
         for _, pixels in itertools.chain(self._first, self._batches):
             yield pixels
+        if self.sums.first_part < self.sums.most:
+            self._batches = self._read(order=self.sums.order[self.sums.first_part : self.sums.most])
+            for _, pixels in self._batches:
+                yield pixels
 
     def close(self) -> None:
         """Ends reading."""

@@ -29,7 +29,7 @@ async function showSlide(chosen) {
   $("#slides").value = number;
   const mm = (px) => (px * slide.mpp / 1000).toFixed(1);
   $("#facts").textContent = `${slide.width_px.toLocaleString("en")} × ${slide.height_px.toLocaleString("en")} px, ` +
-    `${mm(slide.width_px)} × ${mm(slide.height_px)} mm, ${+slide.mpp.toFixed(4)} µm/px`;
+    `${mm(slide.width_px)} × ${mm(slide.height_px)} mm, ${+slide.mpp.toFixed(4)}\u00a0µm/px`;
   $("#overview").src = `api/slides/${number}/thumbnail.jpg`;
   view.show(slide, (level, column, row) => `api/slides/${chosen}/tiles/${level}/${column}/${row}.jpg`);
   for (const name of ["#query", "#overlay", "#matching", "#nearest"]) $(name).hidden = true;

@@ -82,7 +82,7 @@ def test_the_stated_error_holds(model, features):
     full = F.normalize(draw(model, features, SamplingConfig())["slide_embedding"].double(), dim=0)
     true, expected, within = [], [], []
     for size in (320, 640, 1280):
-        for seed in range(25):
+        for seed in range(12):
             result = draw(model, features, SamplingConfig(max_tiles=size, seed=seed))
             assert result["num_tiles_encoded"] == size
             true.append(1 - float(F.normalize(result["slide_embedding"].double(), dim=0) @ full))

@@ -99,7 +99,7 @@ def train_model(folder: Path, codeword_tokens: str | None) -> Path:
     from modeling_dre_slcl.tile_grid import TileGridConfig
 
     sizes = {"num_cases_per_subtype": 8, "slides_per_case": 1, "val_fraction": 0.0, "test_fraction": 0.0}
-    manifest = write_cohort(folder / "cohort", seed=0, side_range_px=(900, 1000), **sizes)
+    manifest = write_cohort(folder / "cohort", seed=0, side_range_px=(1000, 1050), **sizes)
     grid = TileGridConfig(tile_size_px=run_demo.TILE_SIZE_PX, tile_mpp=run_demo.TILE_MPP)
     build_dataset(manifest, folder / "dataset", grid, num_workers=1, progress=False)
     write_text_model(folder / "text_model", [row.report for row in read_manifest(manifest)], seed=0)
@@ -110,7 +110,7 @@ def train_model(folder: Path, codeword_tokens: str | None) -> Path:
         "seed": 0,
         "num_steps": _TRAINING_STEPS,
         "finalize_steps": 10,
-        "codebook_refits": [10, 30, 60, 90, 120],
+        "codebook_refits": [step for step in (10, 30, 60, 90, 120) if step < _TRAINING_STEPS],
         "checkpoint_steps": _TRAINING_STEPS,
         "warmup_steps": 10,
         "num_workers": 0,

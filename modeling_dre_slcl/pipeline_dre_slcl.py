@@ -2,13 +2,16 @@
 # Copyright 2026 The DRE-SLCL authors.
 """`pipeline("slide-feature-extraction", model=...)("slide.svs")`: slide files -> named vectors."""
 
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 from transformers import Pipeline
+from transformers.pipelines.pt_utils import PipelineIterator
 
-from .slide_inference import encode_slide
+from .slide_inference import check_model, encode_opened_slide
 from .slide_info import SlideError
+from .slide_opening import OpenedSlide, open_ahead
 
 TASK = "slide-feature-extraction"
 _SLIDE_OPTIONS = (
@@ -25,7 +28,8 @@ class SlideFeatureExtractionPipeline(Pipeline):
     `min_tissue_fraction`, `return_tile_features`, `mpp`, `progress`, `tolerance`, `max_tiles`, `seed` (for a part of
     the tiles, see `encode_slide`), and `on_error`: `"raise"` stops at a slide that cannot be encoded, `"record"`
     returns `{"slide_id", "status": "refused", "reason", "message"}` for it and goes on.
-    A single slide raises by default, several record.
+    A single slide raises by default, several record. Of several, the next is opened and its first tiles are read while
+    one is encoded; no more than one is ahead.
 
     Returns, per slide, the dictionary of `encode_slide` with `status` `"ok"`.
     """
@@ -59,24 +63,78 @@ class SlideFeatureExtractionPipeline(Pipeline):
             raise ValueError(f"Expected a path to a slide, or a dictionary with `path`, got {inputs!r}.")
         return {key: slide[key] for key in ("path", "slide_id", "mpp") if slide.get(key) is not None}
 
-    def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
-        on_error = options.pop("on_error", "raise")
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> PipelineIterator:
+        """Several slides: results in their order, with the next one opened while one is encoded."""
+        check_model(self.model)
+
+        def opens(one: Any) -> dict[str, Any]:
+            slide = self.preprocess(one, **preprocess_params)
+            return self._open(slide, forward_params) if "path" in slide else slide
+
+        opened = PipelineIterator(_OpenedInputs(inputs, opens), self._take, forward_params)
+        return PipelineIterator(opened, self.postprocess, postprocess_params)
+
+    def _open(self, slide: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        options = {name: value for name, value in options.items() if name != "on_error"}
+        return {"opened": OpenedSlide(self.model, **{**options, **slide})}
+
+    def _take(self, opened: Callable[[], dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """Encodes a slide that is open, or will be soon."""
         try:
-            result = encode_slide(self.model, image_processor=self.image_processor, **{**options, **model_inputs})
+            slide = opened()
         except SlideError as error:
-            if on_error == "raise":
-                raise
-            return {
-                "slide_id": error.slide_id,
-                "status": "refused",
-                "reason": error.reason,
-                "message": str(error),
-            }
+            return _refuse(error, options)
+        return self.forward(slide, **options)
+
+    def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
+        try:
+            if "opened" not in model_inputs:
+                check_model(self.model)
+                model_inputs = self._open(model_inputs, options)
+            opened = model_inputs["opened"]
+            result = encode_opened_slide(self.model, opened, image_processor=self.image_processor)
+        except SlideError as error:
+            return _refuse(error, options)
         return {"status": "ok", **result}
 
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Passes the result on."""
         return dict(model_outputs)
+
+
+class _OpenedInputs:
+    """Inputs of a pipeline, opened one ahead; has a length if they have one."""
+
+    def __init__(self, inputs: Any, opens: Callable[[Any], dict[str, Any]]) -> None:
+        self._inputs, self._opens = inputs, opens
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __iter__(self) -> Iterator[Callable[[], dict[str, Any]]]:
+        is_sized = isinstance(self._inputs, Sized)
+        # A data set of torch need not say where it ends other than by its length.
+        inputs = (self._inputs[index] for index in range(len(self._inputs))) if is_sized else self._inputs
+        return open_ahead(inputs, self._opens, _close)
+
+
+def _close(inputs: dict[str, Any]) -> None:
+    if "opened" in inputs:
+        inputs["opened"].close()
+
+
+def _refuse(error: SlideError, options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("on_error", "raise") == "raise":
+        raise error
+    return {"slide_id": error.slide_id, "status": "refused", "reason": error.reason, "message": str(error)}
 
 
 __all__ = ["TASK", "SlideFeatureExtractionPipeline"]

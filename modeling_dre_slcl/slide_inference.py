@@ -4,7 +4,6 @@
 Letters: N tiles, K codewords, D feature width, E joint width.
 """
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .image_processing_dre_slcl import DreSlclImageProcessor
-from .slide_sampling import SamplingConfig
+from .slide_opening import OpenedSlide
 from .slide_state import SlideState
-from .slide_sums import SlideSums, describe_state
+from .slide_sums import describe_state
 
 
 class TileBatchEncoder:
@@ -124,7 +123,8 @@ def encode_slide(
         num_threads (`int`, defaults to 2): threads that read tiles while others are encoded.
         return_tile_features (`bool`, defaults to `False`): also return `tile_features` and `tile_xy`.
         tolerance (`float`, *optional*): encode only so many tiles, drawn evenly over the slide, that 1 - cosine to
-            the embedding of all of them is below this in about 95% of draws; 0.005 often needs a fifth of them.
+            the embedding of all of them is below this in about 95% of draws; how many that takes depends on the
+            model (docs/embedding.md).
         max_tiles (`int`, *optional*): most tiles that are encoded.
         seed (`int`, defaults to 0): another number draws other tiles.
         progress (`bool`, defaults to `False`): show a progress bar.
@@ -141,49 +141,56 @@ def encode_slide(
         SlideError: if the slide cannot be read, has no usable mpp, no tissue, or a feature that is not finite.
         ValueError: if the model's codebook was never fitted, or an option is out of its range.
     """
-    # Here, so that a model that never opens a slide needs neither OpenSlide nor OpenCV.
-    from .slide_reader import SlideReader
-    from .slide_tiles import iter_tile_batches, tile_slide
-    from .tile_grid import TileGridConfig
+    check_model(model)
+    opened = OpenedSlide(
+        model,
+        path,
+        slide_id=slide_id,
+        mpp=mpp,
+        min_tissue_fraction=min_tissue_fraction,
+        tile_batch_size=tile_batch_size,
+        num_threads=num_threads,
+        return_tile_features=return_tile_features,
+        tolerance=tolerance,
+        max_tiles=max_tiles,
+        seed=seed,
+        progress=progress,
+    )
+    return encode_opened_slide(model, opened, image_processor=image_processor)
 
+
+def encode_opened_slide(model: PreTrainedModel, opened: OpenedSlide, *, image_processor: Any = None) -> dict[str, Any]:
+    """Encodes a slide that is open, and closes it; the model was checked before.
+
+    Args:
+        model (`DreSlclModel`): the model that it was opened for.
+        opened (`OpenedSlide`): the slide.
+        image_processor (`DreSlclImageProcessor`, *optional*): by default the one beside the model's weights.
+
+    Returns:
+        `dict`: see `encode_slide`.
+
+    Raises:
+        SlideError: if a tile cannot be read, or its feature is not finite.
+    """
     if image_processor is None:
         image_processor = _image_processor_of(model)
-    grid_config = TileGridConfig(
-        tile_size_px=model.config.tile_size_px,
-        tile_mpp=float(model.config.tile_mpp),
-        min_tissue_fraction=min_tissue_fraction,
-    )
-    sampling = SamplingConfig(tolerance=tolerance, max_tiles=max_tiles, seed=seed)
-    check_model(model)
-    with SlideReader(path, slide_id=slide_id, mpp=mpp) as reader:
-        info, grid = reader.info, tile_slide(reader, grid_config)
     training, _ = model.training, model.eval()
     try:
-        sums = SlideSums(model, info.slide_id, grid.tile_xy, sampling, keep_features=return_tile_features)
-        batches = iter_tile_batches(
-            path,
-            grid,
-            order=sums.order[: sums.most],
-            batch_size=tile_batch_size,
-            mpp=info.mpp,
-            slide_id=info.slide_id,
-            num_threads=num_threads,
-            progress=progress,
-        )
-        with contextlib.closing(batches):
-            _encode_until_finished(TileBatchEncoder(model, image_processor, tile_batch_size), sums, batches)
-        result = {"slide_id": info.slide_id, "mpp": info.mpp, **sums.describe()}
+        with opened:
+            _encode_until_finished(TileBatchEncoder(model, image_processor, opened.tile_batch_size), opened)
+        result = {"slide_id": opened.slide_id, "mpp": opened.mpp, **opened.sums.describe()}
     finally:
         model.train(training)
-    if return_tile_features:
-        result["tile_size_level0_px"] = grid.tile_size_level0_px
+    if "tile_features" in result:
+        result["tile_size_level0_px"] = opened.grid.tile_size_level0_px
     return result
 
 
-def _encode_until_finished(encoder: TileBatchEncoder, sums: SlideSums, batches: Iterable[Any]) -> None:
+def _encode_until_finished(encoder: TileBatchEncoder, opened: OpenedSlide) -> None:
     """Adds tiles to a slide's sums, in order, until these say that it is enough."""
-    start = 0
-    for _, tiles in batches:
+    start, sums = 0, opened.sums
+    for tiles in opened.batches():
         features = encoder(tiles).float().cpu()
         stop = start + len(features)
         while start < stop:
@@ -206,4 +213,11 @@ def _image_processor_of(model: PreTrainedModel) -> DreSlclImageProcessor:
     return DreSlclImageProcessor.from_pretrained(source, revision=revision)
 
 
-__all__ = ["TileBatchEncoder", "check_model", "describe_state", "encode_slide", "encode_tile_batches"]
+__all__ = [
+    "TileBatchEncoder",
+    "check_model",
+    "describe_state",
+    "encode_opened_slide",
+    "encode_slide",
+    "encode_tile_batches",
+]

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from .sampling_strata import Strata, plan_strata
 from .slide_info import SlideError
-from .slide_sampling import NUM_GROUPS, SamplingConfig, SamplingError, estimate_error, sampling_order
+from .slide_sampling import DrawnSums, SamplingConfig, SamplingError, sampling_order
 from .slide_state import SlideState
 
 
@@ -41,13 +42,12 @@ def describe_state(model: PreTrainedModel, state: SlideState) -> dict[str, torch
         `dict`: `slide_embedding` `(D,)`, `slide_projection` `(E,)` and `residuals` `(K, D)`, float32, and
         `codeword_counts` `(K,)`, int64.
     """
-    outputs = model.get_state_features(state)
-    return {
-        "slide_embedding": outputs.slide_embedding[0].float().cpu(),
-        "slide_projection": outputs.slide_projection[0].float().cpu(),
-        "residuals": outputs.residuals[0].float().cpu(),
-        "codeword_counts": state.counts.cpu(),
-    }
+    return _describe(model.get_state_features(state)) | {"codeword_counts": state.counts.cpu()}
+
+
+def _describe(outputs: Any) -> dict[str, torch.Tensor]:
+    names = ("slide_embedding", "slide_projection", "residuals")
+    return {name: outputs[name][0].float().cpu() for name in names}
 
 
 class SlideSums:
@@ -61,7 +61,9 @@ class SlideSums:
         keep_features (`bool`, *optional*, defaults to `False`): keep each tile's feature.
 
     Attributes:
-        order (`np.ndarray`, int64): the tiles that may be encoded, in the order in which they are.
+        order (`np.ndarray`, int64): the tiles that may be encoded, in the order in which they are. Beyond
+            `first_part` it changes when the last of these was added and `is_finished` has said that more are wanted.
+        first_part (`int`): see above; as many as there are if it does not change.
         limit (`int`): how many of them are wanted so far.
         most (`int`): how many can ever be wanted.
     """
@@ -78,14 +80,17 @@ class SlideSums:
         self._model, self._slide_id, self._tile_xy, self._sampling = model, slide_id, tile_xy, sampling
         self._rounds = sampling.rounds(len(tile_xy))
         self.order = np.arange(len(tile_xy))
-        if self._rounds != [len(tile_xy)]:
+        if not sampling.takes_all and self._rounds != [len(tile_xy)]:
             self.order = sampling_order(tile_xy, slide_id, sampling.seed)
         self.limit, self.most = self._rounds[0], self._rounds[-1]
+        self.first_part = sampling.first_part(len(tile_xy)) or self.most
         self._num_added = 0
         self._error = SamplingError()
         self._state = model.empty_state()
-        num_groups = 0 if sampling.takes_all else NUM_GROUPS
-        self._groups = [model.empty_state() for _ in range(num_groups)]
+        self._drawn: DrawnSums | None = None
+        self._first_features: list[torch.Tensor] = []
+        if not sampling.takes_all:
+            self._drawn = DrawnSums(Strata.whole(self.order), model.codebook)
         self._features = None
         if keep_features:
             self._features = torch.zeros(len(tile_xy), model.codebook.shape[1])
@@ -102,11 +107,11 @@ class SlideSums:
         """
         check_features(features, self._slide_id, start)
         stop = start + len(features)
-        self._state.add(features, self._model.codebook)
-        for place, group in enumerate(self._groups):
-            first = (place - start) % NUM_GROUPS
-            if first < len(features):
-                group.add(features[first::NUM_GROUPS], self._model.codebook)
+        assignment = self._state.add(features, self._model.codebook)
+        if self._drawn is not None:
+            self._drawn.add(features, assignment, start)
+            if start < self.first_part < self.most:
+                self._first_features.append(features)
         if self._features is not None:
             self._features[torch.from_numpy(self.order[start:stop])] = features.float()
         self._num_added += len(features)
@@ -114,26 +119,36 @@ class SlideSums:
     def is_finished(self) -> bool:
         """Whether enough tiles were added; if all that are wanted were but these do not suffice, more are wanted."""
         while self._num_added == self.limit:
-            is_last = self.limit == self.most
-            if not self._sampling.takes_all:
-                self._error = estimate_error(self._model, self._groups, len(self._tile_xy))
-            if is_last or self._error.bound <= (self._sampling.tolerance or 0):
+            is_last, tolerance = self.limit == self.most, self._sampling.tolerance
+            if self._drawn is not None and (is_last or tolerance is not None):
+                self._error = self._drawn.estimate_error(self._model)
+            if is_last or (tolerance is not None and self._error.bound <= tolerance):
                 return True
+            if self.limit == self.first_part:
+                self._plan_the_rest()
             self.limit = self._rounds[self._rounds.index(self.limit) + 1]
         return False
 
+    def _plan_the_rest(self) -> None:
+        """Draws more where the first part says that tiles move the embedding most."""
+        features, self._first_features = torch.cat(self._first_features), []
+        strata = plan_strata(self._model, self._state, features, self._tile_xy, self.order)
+        self.order, self._drawn = strata.order, DrawnSums(strata, self._model.codebook)
+        self._drawn.add(features, self._model.empty_state().add(features, self._model.codebook), 0)
+
+    @torch.no_grad()
     def describe(self) -> dict[str, Any]:
         """Returns the slide's named vectors; see `slide_inference.encode_slide`."""
         num_tiles, num_encoded = len(self._tile_xy), self._num_added
-        result = {"num_tiles": num_tiles, "num_tiles_encoded": num_encoded, **describe_state(self._model, self._state)}
-        if not self._sampling.takes_all:
+        result = {"num_tiles": num_tiles, "num_tiles_encoded": num_encoded}
+        if num_encoded == num_tiles:
+            result |= describe_state(self._model, self._state)
+        else:
+            residuals, counts = (part[None].to(self._model.codebook.device) for part in self._drawn.stand_for_all())
+            result |= _describe(self._model.encode_residuals(residuals, counts))
+            result["codeword_counts"] = counts[0].round().long().cpu()
+        if self._drawn is not None:
             result["estimated_error"], result["error_bound"] = self._error.expected, self._error.bound
-        if num_encoded < num_tiles:
-            # What the sums of all tiles are expected to be; the embedding looks at their directions only.
-            scale = num_tiles / num_encoded
-            counts = result["codeword_counts"]
-            result["residuals"] = result["residuals"] * scale
-            result["codeword_counts"] = (counts * scale).round().long()
         encoded = np.sort(self.order[:num_encoded])
         result["tile_xy"] = torch.from_numpy(self._tile_xy[encoded].astype(np.int32))
         if self._features is not None:

@@ -169,7 +169,8 @@ class TileStream:
 
         Args:
             slide (`int`): its position among the jobs.
-            order (`np.ndarray` of shape `(n,)`, int64): indices of its tiles; the same in each call for a slide.
+            order (`np.ndarray` of shape `(n,)`, int64): indices of its tiles; those that were asked for before
+                stay.
             limit (`int`): how many of them are to be read, those of earlier calls included.
         """
         self._command("request", slide, order, limit)

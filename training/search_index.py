@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of a cohort -> exact nearest neighbours, through FAISS where it is installed.
+"""Embeddings of a cohort -> exact nearest neighbours.
 
 Letters: S slides, Q queries, D width of slide embeddings, E joint width, G rows of a gallery.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,18 +22,19 @@ _QUERIES_AT_ONCE = 256
 
 
 def nearest(
-    queries: np.ndarray, gallery: np.ndarray, top_k: int, *, backend: Literal["auto", "faiss", "numpy"] = "auto"
+    queries: np.ndarray, gallery: np.ndarray, top_k: int, *, backend: Literal["numpy", "faiss"] = "numpy"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the rows of a gallery with the largest cosine to each query, exactly: every row is compared.
 
-    Candidates are found in float32, by FAISS's flat index or by numpy, and ranked in float64, so that both give the
-    same order; of equal rows the first wins (up to 16 of them around the last place, more are cut anywhere).
+    Candidates are found in float32, by numpy or FAISS's flat index, and ranked in float64, so that both give the same
+    order; of equal rows the first wins (up to 16 of them around the last place, more are cut anywhere).
 
     Args:
         queries (`np.ndarray` of shape `(Q, D)`, float): need not be normalised.
         gallery (`np.ndarray` of shape `(G, D)`, float): neither.
         top_k (`int`): neighbours per query.
-        backend (`str`, defaults to `"auto"`): `"faiss"` (the extra `search`), `"numpy"`, or whichever there is.
+        backend (`str`, defaults to `"numpy"`): or `"faiss"` (the extra `search`), which is slower for one search of a
+            large gallery (`benchmarks/search_neighbours.py`), since its index is made for it.
 
     Returns:
         `tuple`: cosines of shape `(Q, min(top_k, G))`, float64, largest first, and the rows, int64.
@@ -51,13 +52,12 @@ def nearest(
         )
     queries, gallery = _unit(queries), _unit(gallery)
     num_candidates = min(top_k + _SPARE, len(gallery))
-    faiss = None if backend == "numpy" else _import_faiss(required=backend == "faiss")
-    find = _candidates_of_numpy if faiss is None else _candidates_of_faiss
+    find = _candidates_of_numpy if backend == "numpy" else _candidates_of_faiss
     scores, rows = [], []
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         part = queries[start : start + _QUERIES_AT_ONCE]
         # In the order of rows, so that a stable sort leaves equal ones there.
-        candidates = np.sort(find(part, gallery, num_candidates, faiss), axis=1)
+        candidates = np.sort(find(part, gallery, num_candidates), axis=1)
         cosines = np.einsum("qd,qcd->qc", part, gallery[candidates])
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :top_k]
         scores.append(np.take_along_axis(cosines, order, axis=1))
@@ -73,27 +73,21 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float64).tiny)
 
 
-def _candidates_of_numpy(queries: np.ndarray, gallery: np.ndarray, count: int, _: Any) -> np.ndarray:
+def _candidates_of_numpy(queries: np.ndarray, gallery: np.ndarray, count: int) -> np.ndarray:
     similarity = queries.astype(np.float32) @ gallery.T.astype(np.float32)
     if count == len(gallery):
         return np.broadcast_to(np.arange(count), similarity.shape)
     return np.argpartition(-similarity, count - 1, axis=1)[:, :count]
 
 
-def _candidates_of_faiss(queries: np.ndarray, gallery: np.ndarray, count: int, faiss: Any) -> np.ndarray:
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    index.add(np.ascontiguousarray(gallery, dtype=np.float32))
-    return index.search(np.ascontiguousarray(queries, dtype=np.float32), count)[1]
-
-
-def _import_faiss(*, required: bool) -> Any:
+def _candidates_of_faiss(queries: np.ndarray, gallery: np.ndarray, count: int) -> np.ndarray:
     try:
         import faiss
     except ImportError as error:
-        if required:
-            raise ImportError("Searching through FAISS needs it: pip install 'dre-slcl[search]'") from error
-        return None
-    return faiss
+        raise ImportError("Searching through FAISS needs it: pip install 'dre-slcl[search]'") from error
+    index = faiss.IndexFlatIP(gallery.shape[1])
+    index.add(np.ascontiguousarray(gallery, dtype=np.float32))
+    return index.search(np.ascontiguousarray(queries, dtype=np.float32), count)[1]
 
 
 @dataclass(frozen=True)

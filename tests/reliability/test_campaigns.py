@@ -25,10 +25,10 @@ QUICK = {
 }
 # Those of training share a process, for it imports for as long as they run.
 QUICK_TRAINING = {
-    "train_kills": 6,
+    "train_kills": 4,
     "crash_points": 1,
-    "power_loss": 20,
-    "damaged_checkpoints": 8,
+    "power_loss": 12,
+    "damaged_checkpoints": 4,
     "train_signals": 4,
     "pickles": 4,
     "not_finite": 4,

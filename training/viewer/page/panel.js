@@ -29,7 +29,7 @@ async function showSlide(chosen) {
   $("#slides").value = number;
   const mm = (px) => (px * slide.mpp / 1000).toFixed(1);
   $("#facts").textContent = `${slide.width_px.toLocaleString("en")} × ${slide.height_px.toLocaleString("en")} px, ` +
-    `${mm(slide.width_px)} × ${mm(slide.height_px)} mm, ${+slide.mpp.toFixed(4)} µm/px`;
+    `${mm(slide.width_px)} × ${mm(slide.height_px)} mm, ${+slide.mpp.toFixed(4)}\u00a0µm/px`;
   $("#overview").src = `api/slides/${number}/thumbnail.jpg`;
   view.show(slide, (level, column, row) => `api/slides/${chosen}/tiles/${level}/${column}/${row}.jpg`);
   for (const name of ["#query", "#overlay", "#matching", "#nearest"]) $(name).hidden = true;
@@ -203,6 +203,7 @@ function drawMarks() {
   $("#scale i").style.width = `${um / umPerPx}px`;
   $("#scale span").textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
   const [overview, frame] = [$("#overview"), $("#overview-frame")];
+  frame.hidden = !overview.naturalWidth; // nothing to lie on yet
   const scale = overview.clientWidth / slide.width_px;
   const [left, top] = view.toSlide(0, 0), [right, bottom] = view.toSlide(view.canvas.width, view.canvas.height);
   const clip = (value, end) => Math.min(Math.max(value, 0), end) * scale;
@@ -274,6 +275,7 @@ ask("api/slides").then((found) => {
   const asked = new URLSearchParams(location.search);
   $("#text").value = asked.get("text") ?? "";
   $("#against").value = asked.get("against") ?? "";
+  $("#against").closest("details").open = Boolean($("#against").value);
   const named = about.slides.findIndex((slide) => slide.slide_id === asked.get("slide"));
   start(Math.max(0, named), asked);
 }).catch((error) => say(error.message, "error"));

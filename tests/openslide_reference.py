@@ -35,7 +35,7 @@ LAYOUTS_THAT_OPEN = sorted(name for name, layout in LAYOUTS.items() if layout.op
 # One of each way through the reader; the others take longer and run with the slow tests.
 FIRST = {
     *("jpeg_256", "jpeg_240", "jpeg_rgb_numbered", "jpeg_odd_ratios", "jpeg_one_tile_missing", "generic_decoy"),
-    *("deflate", "leica", "CMU-1-Small-Region.svs", "erosion_HE_5x.scn"),
+    *("deflate", "leica", "mirax", "CMU-1-Small-Region.svs", "erosion_HE_5x.scn"),
 }
 # Read by whole pixels of the level at any position; the others as OpenSlide interpolates.
 PLAIN = {name for name, layout in LAYOUTS.items() if layout.is_jpeg}

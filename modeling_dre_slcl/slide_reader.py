@@ -42,7 +42,7 @@ __all__ = ["REASONS", "SlideError", "SlideInfo", "SlideReader", "slide_fingerpri
 logger = logging.getLogger(__name__)
 
 _MAX_MAGNIFICATION = 1.05
-_MAX_OVERVIEW_PX = 8192
+_MAX_OVERVIEW_PX = 4096  # what is found on it is worked out on fewer pixels still; memory goes with its square
 _MAX_READ_PX = 4096  # side of the largest region read at once: 64 MiB of RGBA
 # Formats that OpenSlide shows as the file's own tiles side by side; others overlap, shift or blend them.
 _PLAIN_FORMATS = frozenset({"aperio", "generic-tiff", "philips"})
@@ -239,7 +239,7 @@ class SlideReader:
 
         Args:
             mpp (`float`): wanted resolution, um/px. The picture is coarser where it would be finer than level 0 or
-                have a side of more than 8192 px, and finer where it would have less than one pixel.
+                have a side of more than 4096 px, and finer where it would have less than one pixel.
 
         Returns:
             `tuple[np.ndarray, float]`: the picture, uint8 RGB `(h, w, 3)`, read-only, and its level-0 pixels

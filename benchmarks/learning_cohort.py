@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dre_slcl.training.dataset_card import write_card
 from dre_slcl.training.arrow_columns import join_strings
+from dre_slcl.training.dataset_card import write_card
 from dre_slcl.training.dataset_tables import TILE_SCHEMA, TileTableWriter
 from dre_slcl.training.dataset_writer import SlideEntry, write_tables
 from dre_slcl.training.demo.cohort import make_cases

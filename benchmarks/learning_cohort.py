@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dre_slcl.training.arrow_columns import join_strings
 from dre_slcl.training.dataset_card import write_card
 from dre_slcl.training.dataset_tables import TILE_SCHEMA, TileTableWriter
 from dre_slcl.training.dataset_writer import SlideEntry, write_tables
@@ -116,7 +117,8 @@ def _write_part(parts: Path, case: CaseTraits, report: str, split: str, seed: in
     tile_xy = np.stack([places % columns, places // columns], axis=1).astype(np.int32) * TILE_PX
     path = parts / f"{case.case_id}.parquet"
     with TileTableWriter(path, TILE_SCHEMA) as writer:
-        writer.write_group(case.case_id, 0, tile_xy, [encode_jpeg(tile, _JPEG_QUALITY) for tile in tiles])
+        images = join_strings([encode_jpeg(tile, _JPEG_QUALITY) for tile in tiles])
+        writer.write_group(case.case_id, 0, tile_xy, images)
     side = columns * TILE_PX
     record = PartRecord(
         case.case_id, key="", vendor="painted", width_px=side, height_px=side, mpp=TILE_MPP,

@@ -12,7 +12,7 @@ largest difference between the reader's pixels and OpenSlide's, and how many tim
 Ways: `openslide` is `read_region` and conversion to RGB, `openslide_area` and `openslide_bicubic` with reduction by
 OpenCV's area averaging or by Pillow's bicubic filter; `reader` is `SlideReader.read_tile`; `batches` is
 `iter_tile_batches` with one thread, including opening the slide once for four times as many tiles; `decoder` is
-libjpeg-turbo (through OpenCV) on the tile's bytes in memory; `copied` is `SlideReader.compressed_tile`.
+libjpeg-turbo (through OpenCV) on the tile's bytes in memory; `copied` is `SlideReader.compressed_tiles`.
 """
 
 import argparse
@@ -43,6 +43,7 @@ MPP = 0.25  # of the synthetic slides
 SLIDE_PX = 16_384
 _COLUMNS = 16  # tiles side by side: about as wide as a piece of tissue
 _BATCHES_SHARE = 4  # how many times more tiles `batches` reads at once, since a slide is opened for thousands
+_COPIED_BYTES = 64 << 20
 _MAX_DIFFERENCE = {"native": 2, "reduced": 3}  # two builds of libjpeg; and rounding of the average
 
 Way = Callable[[np.ndarray], object]
@@ -200,7 +201,7 @@ def open_ways(case: Case, stack: ExitStack) -> Iterator[tuple[str, Way]]:
     )
     copier = stack.enter_context(SlideReader(case.path, mpp=case.mpp))
     if any(copier.compressed_tile(x, y, **asked) is not None for x, y in case.tile_xy[:32].tolist()):
-        yield "copied", lambda tile_xy: drain(copier.compressed_tile(x, y, **asked) for x, y in tile_xy.tolist())
+        yield "copied", lambda tile_xy: copier.compressed_tiles(tile_xy, **asked, max_bytes=_COPIED_BYTES)
         yield "decoder", Decoder(copier, case)
 
 

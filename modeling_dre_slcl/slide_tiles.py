@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .slide_reader import SlideError, SlideReader
 from .tile_grid import TileGrid, TileGridConfig, make_tile_grid, tile_size_at_level0
@@ -24,6 +24,9 @@ try:
     import cv2
 except ImportError:
     cv2 = None
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Neighbouring tiles share compressed blocks of the file, so a thread takes a run of them.
 _MAX_TILES_PER_TASK = 16
@@ -124,6 +127,8 @@ def iter_tile_batches(
     """
     if batch_size < 1 or num_threads < 1:
         raise ValueError(f"batch_size and num_threads: expected at least 1, found {batch_size} and {num_threads}.")
+    from tqdm.auto import tqdm  # a tenth of a second, which those who only lay grids need not wait
+
     with ExitStack() as stack:
         readers: queue.SimpleQueue[SlideReader] = queue.SimpleQueue()
         for _ in range(num_threads):
@@ -187,7 +192,7 @@ def _submit_batch(
     return tiles, pixels, tasks
 
 
-def _finish_batch(batch: _PendingBatch, bar: tqdm) -> tuple[np.ndarray, np.ndarray]:
+def _finish_batch(batch: _PendingBatch, bar: "tqdm") -> tuple[np.ndarray, np.ndarray]:
     indices, pixels, tasks = batch
     for task in tasks:
         task.result()

@@ -149,7 +149,7 @@ def _axis_starts(length_px: int, stride_px: float) -> np.ndarray:
     """Starts of the tiles along one axis, int64 (n,), level-0 pixels; all below `length_px`."""
     starts = np.rint(np.arange(math.ceil(length_px / stride_px), dtype=np.float64) * stride_px).astype(np.int64)
     # A stride below one pixel would name the same pixel twice.
-    return np.unique(starts[starts < length_px])
+    return starts[(starts < length_px) & (np.diff(starts, prepend=-1) > 0)]
 
 
 def _tissue_fraction(
@@ -174,8 +174,10 @@ def _tissue_fraction(
 
 def _integrate(values: np.ndarray, starts: np.ndarray, length: float) -> np.ndarray:
     """Integrates each row of `values` (m, n), constant in each cell, over `[start, start + length)`."""
-    cumulative = np.zeros((values.shape[0], values.shape[1] + 1))
-    np.cumsum(values, axis=1, out=cumulative[:, 1:])
+    # Whole numbers of mask pixels are exact, and several times faster.
+    kind = np.int32 if values.dtype == np.bool_ else np.float64
+    cumulative = np.zeros((values.shape[0], values.shape[1] + 1), dtype=kind)
+    np.cumsum(values, axis=1, dtype=kind, out=cumulative[:, 1:])
     return _interpolate(cumulative, starts + length) - _interpolate(cumulative, starts)
 
 

@@ -19,6 +19,8 @@ import tifffile
 from benchmarks.large_slide import split_jpeg_tables
 from dre_slcl.training.demo.tissue_painter import CaseTraits, paint_slide
 
+from .mirax_slide import write_mirax
+
 WIDTH_PX, HEIGHT_PX = 1237, 1011
 REDUCED_IMAGE = 1  # NewSubfileType
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # the byte of the colour transform follows
@@ -31,7 +33,7 @@ class Layout:
     """How a slide lies in its file.
 
     Args:
-        vendor: "aperio", "generic", "philips", "leica" or "ome".
+        vendor: "aperio", "generic", "philips", "leica", "ome", or "mirax", which is no TIFF: see `mirax_slide`.
         tile: height and width of the compressed tiles, or None for strips.
         codec: a key of `_COMPRESSION`.
         photometric: "ycbcr" or "rgb" components in JPEG tiles.
@@ -71,7 +73,12 @@ class Layout:
     @property
     def is_jpeg(self):
         """Whether the tiles of level 0 can be copied as JPEG files."""
-        return self.codec == "jpeg" and self.mode == "rgb" and self.planar == "contig" and self.vendor != "leica"
+        return (
+            self.codec == "jpeg"
+            and self.mode == "rgb"
+            and self.planar == "contig"
+            and self.vendor not in ("leica", "mirax")
+        )
 
 
 _APERIO = Layout()
@@ -119,6 +126,7 @@ LAYOUTS = {
     "generic_decoy": replace(_GENERIC, extra="decoy", tile=(32, 32)),
     "philips": replace(_GENERIC, vendor="philips", tile=(512, 512), downsamples=(2, 4)),
     "leica": replace(_GENERIC, vendor="leica", bigtiff=True),
+    "mirax": replace(_GENERIC, vendor="mirax", downsamples=(2, 4)),
     "ome": Layout(vendor="ome", downsamples=(2, 4), shared_tables=False, marker="jfif"),
     "strips": replace(_APERIO, tile=None, codec="deflate", opens=False),
 }
@@ -128,6 +136,8 @@ def write_slide(path, layout, *, mpp=0.5, width_px=WIDTH_PX, height_px=HEIGHT_PX
     """Writes the painted section; `layout` is a `Layout` or a name from `LAYOUTS`. Returns the path."""
     layout = LAYOUTS[layout] if isinstance(layout, str) else layout
     pixels = painted_pixels(width_px, height_px)
+    if layout.vendor == "mirax":
+        return write_mirax(path.with_suffix(".mrxs"), pixels, mpp=mpp)
     sizes = [(width_px, height_px)]
     sizes += [(max(1, int(width_px / factor)), max(1, int(height_px / factor))) for factor in layout.downsamples]
     if layout.vendor == "philips":

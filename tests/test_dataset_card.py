@@ -8,7 +8,8 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import DatasetCard
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from dre_slcl.training.card_metadata import license_fields, size_category
 from dre_slcl.training.dataset_card import write_card
@@ -80,6 +81,29 @@ def test_datasets_knows_columns_rows_and_bytes_before_it_opens_a_file(built, tmp
         assert {split: len(rows) for split, rows in loaded.items()} == {
             split: info.splits[split].num_examples for split in files
         }
+
+
+@pytest.mark.parametrize("pixels", ["encode", "none"])
+def test_columns_and_sizes_stand_as_datasets_itself_writes_them(tmp_path, pixels):
+    build(write_cohort(tmp_path / "cohort"), tmp_path / "dataset", pixels=pixels)
+    infos = {}
+    for name in ("slides", "tiles") if pixels == "encode" else ("slides",):
+        files = sorted((tmp_path / "dataset" / name).iterdir())
+        splits = datasets.SplitDict()
+        for file in files:  # one of each split
+            splits.add(datasets.SplitInfo(file.name.split("-")[0], file.stat().st_size, len(pq.read_table(file))))
+        size = sum(file.stat().st_size for file in files)
+        features = datasets.Features.from_arrow_schema(pq.read_schema(files[0]))
+        infos[name] = datasets.DatasetInfo(features=features, splits=splits, download_size=size, dataset_size=size)
+    expected = DatasetCardData()
+    DatasetInfosDict(infos).to_dataset_card_data(expected)
+    found = DatasetCard.load(tmp_path / "dataset" / "README.md").data.to_dict()["dataset_info"]
+    ordered = [found] if isinstance(found, dict) else found
+    for info in ordered:
+        info["splits"].sort(key=lambda split: split["name"])
+    for info in [expected.dataset_info] if isinstance(expected.dataset_info, dict) else expected.dataset_info:
+        info["splits"].sort(key=lambda split: split["name"])
+    assert found == expected.to_dict()["dataset_info"]
 
 
 def test_a_rebuilt_dataset_loads_with_its_new_rows(tmp_path):

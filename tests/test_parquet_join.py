@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dre_slcl.training import parquet_join
+from dre_slcl.training.arrow_columns import join_strings
 from dre_slcl.training.dataset_tables import TILE_SCHEMA, TileTableWriter
 from dre_slcl.training.parquet_join import join_tables, slice_table
 from dre_slcl.training.thrift_compact import decode_struct, encode_struct
@@ -18,7 +19,7 @@ def write_table(path, slide_id, num_groups, *, tile_bytes=3000):
     with TileTableWriter(path, TILE_SCHEMA) as writer:
         for group in range(num_groups):
             corners = rng.integers(0, 1 << 30, size=(500 + group, 2), dtype=np.int32)
-            writer.write_group(slide_id, 1000 * group, corners, [rng.bytes(tile_bytes) for _ in corners])
+            writer.write_group(slide_id, 1000 * group, corners, join_strings([rng.bytes(tile_bytes) for _ in corners]))
     return path
 
 

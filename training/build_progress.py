@@ -2,10 +2,10 @@
 """Shows how far a build is: a bar on a terminal, a log line now and then elsewhere."""
 
 import logging
+import sys
 import time
+from datetime import timedelta
 from types import TracebackType
-
-from tqdm.auto import tqdm
 
 from .slide_part import PartRecord
 
@@ -20,7 +20,7 @@ class BuildProgress:
     Args:
         num_slides (`int`): slides of the build.
         num_done (`int`): those of them that were done before.
-        shows_bar (`bool`): whether a bar is shown if the output is a terminal.
+        shows_bar (`bool`): whether a bar is shown if the output is a terminal or a notebook.
     """
 
     def __init__(self, num_slides: int, num_done: int, *, shows_bar: bool) -> None:
@@ -29,9 +29,11 @@ class BuildProgress:
         self._num_tiles = 0
         self._num_refused = 0
         self._start = self._last_log = time.monotonic()
-        # None: hidden unless the output is a terminal
-        hidden = None if shows_bar else True
-        self._bar = tqdm(total=num_slides, initial=num_done, unit="slide", disable=hidden, smoothing=0.05)
+        self._bar = None
+        if shows_bar and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            from tqdm.auto import tqdm  # takes a tenth of a second to load
+
+            self._bar = tqdm(total=num_slides, initial=num_done, unit="slide", smoothing=0.05)
 
     def __enter__(self) -> "BuildProgress":
         return self
@@ -39,7 +41,8 @@ class BuildProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def add(self, record: PartRecord) -> None:
         """Counts one more slide, and says so."""
@@ -49,12 +52,11 @@ class BuildProgress:
             self._num_refused += 1
             logger.warning("Slide %s is refused: %s: %s", record.slide_id, record.reason, record.message)
         seconds = max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(
-            f"{self._num_tiles / seconds:.1f} tiles/s, {self._num_refused} refused", refresh=False
-        )
-        self._bar.update()
-        is_due = time.monotonic() - self._last_log >= LOG_SECONDS or self._num_done == self._num_slides
-        if self._bar.disable and is_due:
+        if self._bar is not None:
+            rate = f"{self._num_tiles / seconds:.1f} tiles/s, {self._num_refused} refused"
+            self._bar.set_postfix_str(rate, refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._last_log >= LOG_SECONDS or self._num_done == self._num_slides:
             self._last_log = time.monotonic()
             self._log(seconds)
 
@@ -68,5 +70,5 @@ class BuildProgress:
             self._num_refused,
             slides_per_second,
             self._num_tiles / seconds,
-            tqdm.format_interval(left),
+            timedelta(seconds=round(left)),
         )

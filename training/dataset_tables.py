@@ -6,7 +6,7 @@ can be found and copied without decoding anything. x and y of a tile are level-0
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .arrow_columns import ByteStrings, binary_column, join_strings, number_column, read_numbers, value_column
 from .manifest import DATASET_COLUMNS
 from .parquet_join import TableSlice
 
@@ -43,6 +44,9 @@ COORDINATE_SCHEMA = pa.schema(
 )
 TILE_SCHEMA = schema_for_datasets(COORDINATE_SCHEMA.append(pa.field("image", _IMAGE)))
 MAX_GROUP_TILES = 1000
+_MIN_GROUP_TILES = 400
+_GROUP_CHANCE = 256  # one tile in so many may be the first of a row group
+_TILES_PER_BATCH = 64
 MAX_GROUP_BYTES = 64 << 20
 _SLIDES_PER_GROUP = 64
 
@@ -76,6 +80,31 @@ def label_kinds(labels: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {name: kind or "string" for name, kind in kinds.items()}
 
 
+def cut_row_groups(tile_xy: np.ndarray) -> Callable[[int], int]:
+    """Decides where row groups end: before tiles whose place says so, and so at the same ones in the next version.
+
+    When tiles come or go, only the row groups that had them change, and the Hub stores only these. Content-defined
+    chunking of Parquet does the same with a hash of every byte, which takes as long as writing the tiles.
+
+    Args:
+        tile_xy (`np.ndarray` of shape `(N, 2)`, int32): the tiles of a slide, level-0 pixels.
+
+    Returns:
+        `Callable[[int], int]`: from the first tile of a row group to the first of the next one.
+    """
+    x, y = tile_xy.astype(np.uint64).T
+    # Multiplied by odd numbers, the upper bits of 64 depend on all bits of a place.
+    mixed = (x * np.uint64(0x9E3779B97F4A7C15) ^ y * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0xFF51AFD7ED558CCD)
+    places = np.flatnonzero((mixed >> np.uint64(40)) % np.uint64(_GROUP_CHANCE) == 0)
+
+    def next_start(start: int) -> int:
+        last = min(start + MAX_GROUP_TILES, len(tile_xy))
+        found = int(np.searchsorted(places, start + _MIN_GROUP_TILES))
+        return min(int(places[found]), last) if found < len(places) else last
+
+    return next_start
+
+
 class TileTableWriter:
     """Writes tiles to a Parquet file, one row group at a time.
 
@@ -97,8 +126,8 @@ class TileTableWriter:
             # Smallest and largest JPEG would say nothing and cost a comparison of every two.
             write_statistics=["slide_id", "tile_index", "x", "y"],
             write_page_index=True,
-            # Pages end where the content says, so the Hub stores only what changed between two versions.
-            use_content_defined_chunking=True,
+            # Pages of about 1 MB: their size is looked at after so many tiles.
+            write_batch_size=_TILES_PER_BATCH,
         )
 
     def __enter__(self) -> "TileTableWriter":
@@ -110,7 +139,7 @@ class TileTableWriter:
         self._writer.close()
 
     def write_group(
-        self, slide_id: str, first_tile: int, tile_xy: np.ndarray, images: Sequence[bytes] | None = None
+        self, slide_id: str, first_tile: int, tile_xy: np.ndarray, images: ByteStrings | None = None
     ) -> None:
         """Writes neighbouring tiles of one slide as one row group.
 
@@ -118,39 +147,26 @@ class TileTableWriter:
             slide_id (`str`): the slide.
             first_tile (`int`): index of the first of these tiles in the slide.
             tile_xy (`np.ndarray` of shape `(n, 2)`, int32): their top-left corners, level-0 pixels.
-            images (`Sequence[bytes]`, *optional*): their JPEG files, if the table has images.
+            images (`ByteStrings`, *optional*): their JPEG files, if the table has images; not used after the call.
         """
         num_tiles = len(tile_xy)
         columns = [
-            _binary_column([slide_id.encode()] * num_tiles, pa.string()),
-            _int_column(np.arange(first_tile, first_tile + num_tiles)),
-            *(_int_column(tile_xy[:, axis]) for axis in (0, 1)),
+            binary_column(join_strings([slide_id.encode()] * num_tiles), pa.string()),
+            number_column(np.arange(first_tile, first_tile + num_tiles), pa.int32()),
+            *(number_column(tile_xy[:, axis], pa.int32()) for axis in (0, 1)),
         ]
         if images is not None:
-            fields = [_binary_column(images, pa.binary()), pa.nulls(num_tiles, pa.string())]
+            fields = [binary_column(images, pa.binary()), pa.nulls(num_tiles, pa.string())]
             columns.append(pa.StructArray.from_arrays(fields, fields=list(_IMAGE)))
         table = pa.Table.from_arrays(columns, schema=self._schema)
         self._writer.write_table(table, row_group_size=max(1, num_tiles))
-
-
-def _int_column(values: np.ndarray) -> pa.Array:
-    """Makes an int32 column of numbers (n,); `pa.array` would load pandas, which costs each worker 0.3 s."""
-    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values.astype(np.int32).tobytes())])
-
-
-def _binary_column(values: Sequence[bytes], kind: pa.DataType) -> pa.Array:
-    """Makes a column of byte strings or, of UTF-8, texts; together below 2 GiB."""
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(values))]
-    return pa.Array.from_buffers(kind, len(values), buffers)
 
 
 def read_tile_xy(tiles: TableSlice) -> np.ndarray:
     """Reads the corners of the tiles in some row groups of a tile table, int32 (N, 2)."""
     with pq.ParquetFile(tiles.path) as file:
         table = file.read_row_groups(list(tiles.groups), columns=["x", "y"])
-    return np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1).astype(np.int32)
+    return np.stack([read_numbers(table[name]) for name in ("x", "y")], axis=1)
 
 
 def write_slide_table(
@@ -171,14 +187,15 @@ def write_slide_table(
             columns = {
                 name: _corner_column([next(corners) for _ in chunk])
                 if name == "tile_xy"
-                else pa.array([row[name] for row in chunk], type=schema.field(name).type)
+                else value_column([row[name] for row in chunk], schema.field(name).type)
                 for name in schema.names
             }
-            writer.write_table(pa.table(columns, schema=schema))
+            writer.write_table(pa.Table.from_arrays(list(columns.values()), schema=schema))
 
 
 def _corner_column(corners: Sequence[np.ndarray]) -> pa.Array:
     """Returns list<fixed_size_list<int32>[2]> without a detour over Python numbers."""
-    offsets = np.concatenate([[0], np.cumsum([len(xy) for xy in corners])]).astype(np.int32)
-    flat = np.concatenate([xy.reshape(-1) for xy in corners]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.FixedSizeListArray.from_arrays(pa.array(flat), 2))
+    offsets = np.concatenate([[0], np.cumsum([len(xy) for xy in corners])])
+    numbers = number_column(np.concatenate([xy.reshape(-1) for xy in corners]), pa.int32())
+    pairs = pa.FixedSizeListArray.from_arrays(numbers, 2)
+    return pa.ListArray.from_arrays(number_column(offsets, pa.int32()), pairs)

@@ -41,9 +41,11 @@ def trace_outlines(mask: np.ndarray) -> Iterator[list[np.ndarray]]:
         raise ImportError("Tracing masks needs OpenCV: pip install opencv-python-headless")
     if not mask.any():
         return
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+    pixels = _join_corners(mask[top : top + height, left : left + width])
     # Twice as large, every pixel has a corner of its own on each side, so that corners of pixels can be told apart.
-    doubled = np.repeat(np.repeat(_join_corners(mask), 2, axis=0), 2, axis=1)
-    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    doubled = cv2.resize(pixels, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
+    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(2 * left, 2 * top))
     holes_of: dict[int, list[int]] = {}
     for index, parent in enumerate(hierarchy[0, :, 3].tolist()):
         holes_of.setdefault(parent, []).append(index)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from .thrift_compact import LIST, STRUCT, Struct, decode_struct, encode_struct
 
 _MAGIC = b"PAR1"
@@ -51,11 +54,15 @@ def slice_table(path: Path, groups: Sequence[int] | None = None) -> TableSlice:
     Raises:
         ValueError: if it is no Parquet file.
     """
-    with path.open("rb") as file:
-        found = _read_footer(file, path)[_ROW_GROUPS][1][1]
-    wanted = tuple(range(len(found)) if groups is None else groups)
-    num_bytes = sum(_extent(found[group], path)[1] for group in wanted)
-    return TableSlice(path, wanted, num_bytes, is_whole=wanted == tuple(range(len(found))))
+    try:
+        found = pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: expected a whole Parquet file.") from error
+    every = tuple(range(found.num_row_groups))
+    wanted = every if groups is None else tuple(groups)
+    chunks = (found.row_group(group).column(column) for group in wanted for column in range(found.num_columns))
+    num_bytes = sum(chunk.total_compressed_size for chunk in chunks)
+    return TableSlice(path, wanted, num_bytes, is_whole=wanted == every)
 
 
 def join_tables(target: Path, slices: Sequence[TableSlice]) -> None:

@@ -21,8 +21,8 @@ from modeling_dre_slcl.slide_tiles import tile_mask
 from modeling_dre_slcl.tile_grid import TileGrid, TileGridConfig
 from modeling_dre_slcl.tissue import tissue_mask
 
-from .dataset_tables import COORDINATE_SCHEMA, MAX_GROUP_BYTES, MAX_GROUP_TILES, TILE_SCHEMA, TileTableWriter
-from .foreign_grids import read_coordinates
+from .arrow_columns import ByteStrings, join_strings
+from .dataset_tables import COORDINATE_SCHEMA, MAX_GROUP_BYTES, TILE_SCHEMA, TileTableWriter, cut_row_groups
 from .manifest import TileGuide
 from .mask_files import read_mask
 from .slide_claims import release_claim, take_claim
@@ -254,6 +254,8 @@ def _find_tissue(reader: SlideReader, task: SlideTask) -> np.ndarray | None:
 def _make_grid(reader: SlideReader, task: SlideTask, mask: np.ndarray | None) -> TileGrid:
     """Decides where the tiles of a slide are: the one place for it."""
     if mask is None:
+        from .foreign_grids import read_coordinates  # loads HDF5
+
         reader.check_resolution(task.grid_config.tile_mpp)
         return read_coordinates(task.guide.path, reader.info, task.grid_config)
     _, downsample = reader.read_overview(task.grid_config.mask_mpp)
@@ -262,18 +264,18 @@ def _make_grid(reader: SlideReader, task: SlideTask, mask: np.ndarray | None) ->
 
 def _write_tiles(task: SlideTask, reader: SlideReader, grid: TileGrid, timer: "StageTimer") -> int:
     """Writes the part's table; returns how many tiles were copied."""
-    corners = grid.tile_xy.tolist()
     source = _PixelSource(task, reader)
     schema = COORDINATE_SCHEMA if task.pixels == "none" else TILE_SCHEMA
     target = table_path(task.parts_dir, task.slide_id)
     with timer.stage("write"), atomic_file(target) as temporary, TileTableWriter(temporary, schema) as writer:
+        next_start = cut_row_groups(grid.tile_xy)
         start = 0
-        while start < len(corners):
+        while start < len(grid):
             images = None
-            stop = min(start + MAX_GROUP_TILES, len(corners))
+            stop = next_start(start)
             if task.pixels != "none":
                 with timer.stage("read"):
-                    images = source.read_group(corners[start:stop])
+                    images = source.read_group(grid.tile_xy[start:stop])
                 stop = start + len(images)
             writer.write_group(task.slide_id, start, grid.tile_xy[start:stop], images)
             start = stop
@@ -291,22 +293,30 @@ class _PixelSource:
         self._copies = task.pixels == "copy"
         self._refuses = task.refuses_misaligned
 
-    def read_group(self, corners: list[list[int]]) -> list[bytes]:
-        """Returns the tiles at the first of these level-0 corners: as many as a row group may hold."""
-        images: list[bytes] = []
-        num_bytes = 0
+    def read_group(self, tile_xy: np.ndarray) -> ByteStrings:
+        """Returns the first of the tiles at these level-0 corners, int32 (n, 2): as many as a row group may hold.
+
+        They are valid until the next call.
+        """
         report_progress()
-        for x, y in corners:
-            image = self._reader.compressed_tile(x, y, **self._size) if self._copies else None
-            if image is None:
-                image = self._encode(x, y)
-            else:
-                self.num_copied += 1
-            images.append(image)
+        own = ByteStrings(np.empty(0, dtype=np.uint8), np.zeros(len(tile_xy) + 1, dtype=np.int32))
+        if self._copies:
+            own = ByteStrings(*self._reader.compressed_tiles(tile_xy, **self._size, max_bytes=MAX_GROUP_BYTES))
+        if own.lengths.all():
+            self.num_copied += len(own)
+            return own
+        images: list[bytes | memoryview] = []
+        num_bytes = 0
+        for (x, y), copied in zip(tile_xy.tolist(), own.to_list(), strict=False):
+            image = copied or (self._reader.compressed_tile(x, y, **self._size) if self._copies else None)
+            is_copied = image is not None
+            image = image if is_copied else self._encode(x, y)
             num_bytes += len(image)
-            if num_bytes >= MAX_GROUP_BYTES:
+            if images and num_bytes > MAX_GROUP_BYTES:
                 break
-        return images
+            self.num_copied += is_copied
+            images.append(image)
+        return join_strings(images)
 
     def _encode(self, x: int, y: int) -> bytes:
         if self._copies and self._refuses:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from modeling_dre_slcl.atomic_files import sha256_file
 
-from .foreign_grids import find_coordinates, index_coordinates
 from .manifest import ManifestRow, TileGuide
 from .mask_files import find_mask_file
 
@@ -39,6 +38,8 @@ def add_guides(
     if mask_dir is not None and not Path(mask_dir).is_dir():
         raise FileNotFoundError(f"{mask_dir}: there is no such folder of masks.")
     if coordinates is not None:
+        from .foreign_grids import find_coordinates, index_coordinates  # loads HDF5
+
         index = index_coordinates(coordinates)
         return [replace(row, guide=_guide("coordinates", find_coordinates(index, row.slide_id))) for row in rows]
     guided = []

@@ -6,7 +6,7 @@ can be found and copied without decoding anything. x and y of a tile are level-0
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,9 +44,9 @@ COORDINATE_SCHEMA = pa.schema(
 )
 TILE_SCHEMA = schema_for_datasets(COORDINATE_SCHEMA.append(pa.field("image", _IMAGE)))
 MAX_GROUP_TILES = 1000
-_MIN_GROUP_TILES = 400
-_GROUP_CHANCE = 256  # one tile in so many may be the first of a row group
-_TILES_PER_BATCH = 64
+# Pages end where the content says, so the Hub stores only what changed between two versions. Content is looked at
+# between these sizes only: from 256 KiB on, which is Parquet's default, that took as long as writing the tiles.
+PAGE_BYTES = {"min_chunk_size": 768 << 10, "max_chunk_size": 1280 << 10, "norm_level": 0}
 MAX_GROUP_BYTES = 64 << 20
 _SLIDES_PER_GROUP = 64
 
@@ -80,31 +80,6 @@ def label_kinds(labels: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {name: kind or "string" for name, kind in kinds.items()}
 
 
-def cut_row_groups(tile_xy: np.ndarray) -> Callable[[int], int]:
-    """Decides where row groups end: before tiles whose place says so, and so at the same ones in the next version.
-
-    When tiles come or go, only the row groups that had them change, and the Hub stores only these. Content-defined
-    chunking of Parquet does the same with a hash of every byte, which takes as long as writing the tiles.
-
-    Args:
-        tile_xy (`np.ndarray` of shape `(N, 2)`, int32): the tiles of a slide, level-0 pixels.
-
-    Returns:
-        `Callable[[int], int]`: from the first tile of a row group to the first of the next one.
-    """
-    x, y = tile_xy.astype(np.uint64).T
-    # Multiplied by odd numbers, the upper bits of 64 depend on all bits of a place.
-    mixed = (x * np.uint64(0x9E3779B97F4A7C15) ^ y * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0xFF51AFD7ED558CCD)
-    places = np.flatnonzero((mixed >> np.uint64(40)) % np.uint64(_GROUP_CHANCE) == 0)
-
-    def next_start(start: int) -> int:
-        last = min(start + MAX_GROUP_TILES, len(tile_xy))
-        found = int(np.searchsorted(places, start + _MIN_GROUP_TILES))
-        return min(int(places[found]), last) if found < len(places) else last
-
-    return next_start
-
-
 class TileTableWriter:
     """Writes tiles to a Parquet file, one row group at a time.
 
@@ -126,8 +101,7 @@ class TileTableWriter:
             # Smallest and largest JPEG would say nothing and cost a comparison of every two.
             write_statistics=["slide_id", "tile_index", "x", "y"],
             write_page_index=True,
-            # Pages of about 1 MB: their size is looked at after so many tiles.
-            write_batch_size=_TILES_PER_BATCH,
+            use_content_defined_chunking=PAGE_BYTES,
         )
 
     def __enter__(self) -> "TileTableWriter":

@@ -22,7 +22,7 @@ from modeling_dre_slcl.tile_grid import TileGrid, TileGridConfig
 from modeling_dre_slcl.tissue import tissue_mask
 
 from .arrow_columns import ByteStrings, join_strings
-from .dataset_tables import COORDINATE_SCHEMA, MAX_GROUP_BYTES, TILE_SCHEMA, TileTableWriter, cut_row_groups
+from .dataset_tables import COORDINATE_SCHEMA, MAX_GROUP_BYTES, MAX_GROUP_TILES, TILE_SCHEMA, TileTableWriter
 from .manifest import TileGuide
 from .mask_files import read_mask
 from .slide_claims import release_claim, take_claim
@@ -268,11 +268,10 @@ def _write_tiles(task: SlideTask, reader: SlideReader, grid: TileGrid, timer: "S
     schema = COORDINATE_SCHEMA if task.pixels == "none" else TILE_SCHEMA
     target = table_path(task.parts_dir, task.slide_id)
     with timer.stage("write"), atomic_file(target) as temporary, TileTableWriter(temporary, schema) as writer:
-        next_start = cut_row_groups(grid.tile_xy)
         start = 0
         while start < len(grid):
             images = None
-            stop = next_start(start)
+            stop = min(start + MAX_GROUP_TILES, len(grid))
             if task.pixels != "none":
                 with timer.stage("read"):
                     images = source.read_group(grid.tile_xy[start:stop])

@@ -209,7 +209,7 @@ def test_build_killed_again_and_again(manifest, built, tmp_path):
             with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL) as process:
                 while not (out / ".parts").exists() and process.poll() is None:
                     time.sleep(0.005)
-                time.sleep(rng.uniform(0, 4))
+                time.sleep(rng.uniform(0, 1))
                 if process.poll() is not None:
                     break
                 process.send_signal(signal.SIGKILL)

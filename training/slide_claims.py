@@ -161,14 +161,18 @@ class BuildMember:
         """Waits until every member with another build key has shown a sign of life (an error) or none."""
         start = {name: self._beats(name) for name in self._member_names()}
         while rivals := [name for name in start if self._is_rival(name)]:
-            for name in rivals:
-                content = self._read(name) or self._content
-                is_here = content["machine"] == self._content["machine"]
-                if is_here or self._beats(name) != start[name]:
-                    raise BlockingIOError(
-                        f"{self._folder.parent}: another process builds here with other slides, files or options "
-                        f"(process {content['pid']} on {content['host']}); wait for it or choose another folder."
-                    )
+            found = [(name, self._read(name) or self._content) for name in rivals]
+            # All of them: of two that come at the same time, both look as if they built here.
+            alive = sorted(
+                f"process {content['pid']} on {content['host']}"
+                for name, content in found
+                if content["machine"] == self._content["machine"] or self._beats(name) != start[name]
+            )
+            if alive:
+                raise BlockingIOError(
+                    f"{self._folder.parent}: another process builds here with other slides, files or options "
+                    f"({', '.join(alive)}); wait for it or choose another folder."
+                )
             logger.info("Waiting to see whether %d earlier processes still build here.", len(rivals))
             time.sleep(min(HEARTBEAT_SECONDS, self._stale_seconds / 4))
 

@@ -76,25 +76,26 @@ def normalize_residuals(residuals: torch.Tensor) -> torch.Tensor:
     return F.normalize(per_codeword.flatten(1), dim=-1).view_as(residuals)
 
 
-def codeword_scale(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What features are standardised by: the mean of the codewords, and their spread around it.
+def standardize_by_codebook(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Takes the mean of the codewords off features, and divides by the spread of the codewords around it.
 
     Features of one tile encoder often share a large constant part, which would drown what differs.
 
     Args:
+        features (`torch.Tensor` of shape `(..., D)`, float): features of tiles, or means of them.
         codebook (`torch.Tensor` of shape `(K, D)`, float): codewords.
 
     Returns:
-        `tuple`: mean of shape `(D,)`, and the root mean square of the codewords' distances to it, per number, of shape
-        `()`; that of unit vectors where all codewords are the same.
+        `torch.Tensor` of shape `(..., D)`. The spread is the root mean square over all numbers of the codebook; that
+        of unit vectors where all codewords are the same.
     """
     mean = codebook.mean(dim=0)
     spread = (codebook - mean).square().mean().sqrt()
-    return mean, torch.where(spread > _MIN_SPREAD, spread, codebook.shape[1] ** -0.5)
+    return (features - mean) / torch.where(spread > _MIN_SPREAD, spread, codebook.shape[1] ** -0.5)
 
 
 def mean_tokens(residuals: torch.Tensor, counts: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The mean feature of a codeword's tiles, standardised by `codeword_scale`: V_k / n_k + c_k.
+    """The mean feature of a codeword's tiles, V_k / n_k + c_k, standardised.
 
     Args:
         residuals (`torch.Tensor` of shape `(..., K, D)`, float): residual sums V_k.
@@ -105,8 +106,7 @@ def mean_tokens(residuals: torch.Tensor, counts: torch.Tensor, codebook: torch.T
         `torch.Tensor` of shape `(..., K, D)`, at least float32: what has no tiles is at its codeword.
     """
     residuals, counts, codebook = _at_least_float32(residuals, counts, codebook)
-    mean, spread = codeword_scale(codebook)
-    return (residuals / counts.clamp(min=1)[..., None] + codebook - mean) / spread
+    return standardize_by_codebook(residuals / counts.clamp(min=1)[..., None] + codebook, codebook)
 
 
 def _at_least_float32(first: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -317,7 +317,7 @@ class ResidualEncoder(nn.Module):
         Returns:
             `tuple`: values of shape `(B, K, D)` and weights of shape `(B, K)`, 0 or at least 1, both at least float32.
         """
-        (counts,) = _at_least_float32(counts.to(torch.promote_types(counts.dtype, residuals.dtype)))
+        residuals, counts = _at_least_float32(residuals, counts)
         # A slide without any tile attends to all of its tokens instead of to nothing, which would be NaN.
         weights = torch.where(counts.sum(dim=1, keepdim=True) > 0, counts, 1)
         if self.codeword_tokens == "mean":

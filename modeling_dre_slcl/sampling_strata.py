@@ -52,7 +52,12 @@ class Strata:
 
 
 def plan_strata(
-    model: PreTrainedModel, state: SlideState, features: torch.Tensor, tile_xy: np.ndarray, order: np.ndarray
+    model: PreTrainedModel,
+    state: SlideState,
+    features: torch.Tensor,
+    assignment: torch.Tensor,
+    tile_xy: np.ndarray,
+    order: np.ndarray,
 ) -> Strata:
     """Plans the rest of a draw by its first part.
 
@@ -60,6 +65,7 @@ def plan_strata(
         model (`DreSlclModel`): the model.
         state (`SlideState`): the tiles of the first part.
         features (`torch.Tensor` of shape `(P, D)`, float): their features.
+        assignment (`torch.Tensor` of shape `(P,)`, int64): the codeword of each.
         tile_xy (`np.ndarray` of shape `(N, 2)`, int32): all tiles of the slide, level-0 pixels.
         order (`np.ndarray` of shape `(N,)`, int64): an order of them in which every beginning is spread evenly over
             the slide; its first P tiles are the first part.
@@ -67,7 +73,7 @@ def plan_strata(
     Returns:
         `Strata`: the first part stays where it is in the order.
     """
-    moves = _what_each_moves(model, state, features)
+    moves = _what_each_moves(model, state, features, assignment)
     predicted = _predict(moves, tile_xy, order[: len(features)])
     stratum = np.searchsorted(_cuts(predicted[order[: len(features)]]), predicted, side="right")
     sizes = np.bincount(stratum)
@@ -93,11 +99,13 @@ def rank_within(labels: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _what_each_moves(model: PreTrainedModel, state: SlideState, features: torch.Tensor) -> np.ndarray:
+def _what_each_moves(
+    model: PreTrainedModel, state: SlideState, features: torch.Tensor, assignment: torch.Tensor
+) -> np.ndarray:
     """Squared distance that the direction of the embedding moves when a tile is left out, float64 (P,)."""
     encoder = wide_encoder(model.residual_encoder)
-    state, features = state.to(encoder.codebook.device), features.to(encoder.codebook.device)
-    assignment = model.empty_state().add(features, model.codebook)
+    device = encoder.codebook.device
+    state, features, assignment = state.to(device), features.to(device), assignment.to(device)
     whole = F.normalize(model.get_state_features(state).slide_embedding[0].double(), dim=0)
     moves = torch.zeros(len(features), dtype=torch.float64)
     deleted = embeddings_without_tiles(encoder, state, features, assignment, chunk_size=_DELETED_AT_ONCE)

@@ -196,7 +196,8 @@ class DrawnSums:
             return SamplingError()
         if int(drawn.sum()) < 2 * NUM_GROUPS or bool((drawn == 0).any()):
             return SamplingError(1.0, 1.0)
-        moved = torch.cat([self._moves(model, one) for one in (drawn < sizes).nonzero()[:, 0].tolist()])
+        whole = self.stand_for_all()
+        moved = torch.cat([self._moves(model, one, *whole) for one in (drawn < sizes).nonzero()[:, 0].tolist()])
         # Variance along the principal directions of what the draw changes; the trace is the whole variance.
         gram = moved @ moved.T
         variance = float(gram.trace())
@@ -207,9 +208,13 @@ class DrawnSums:
         # Half the squared distance of unit vectors is 1 - cosine.
         return SamplingError(variance / 2, variance / 2 * _upper_factor(freedom) * _ESTIMATE_FACTOR)
 
-    def _moves(self, model: PreTrainedModel, stratum: int) -> torch.Tensor:
-        """How the embedding's direction moves without each group of a stratum, scaled to its variance, `(G, D)`."""
-        residuals, counts = self.stand_for_all()
+    def _moves(
+        self, model: PreTrainedModel, stratum: int, residuals: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """How the embedding's direction moves without each group of a stratum, scaled to its variance, `(G, D)`.
+
+        Residuals and counts are those of `stand_for_all`.
+        """
         sums, numbers = self._sums[stratum], self._counts[stratum]
         used = numbers.sum(1) > 0
         drawn, size = int(numbers.sum()), int(self._sizes[stratum])

@@ -88,7 +88,7 @@ class SlideSums:
         self._error = SamplingError()
         self._state = model.empty_state()
         self._drawn: DrawnSums | None = None
-        self._first_features: list[torch.Tensor] = []
+        self._first: list[tuple[torch.Tensor, torch.Tensor]] = []  # features and codewords of the first part
         if not sampling.takes_all:
             self._drawn = DrawnSums(Strata.whole(self.order), model.codebook)
         self._features = None
@@ -111,7 +111,7 @@ class SlideSums:
         if self._drawn is not None:
             self._drawn.add(features, assignment, start)
             if start < self.first_part < self.most:
-                self._first_features.append(features)
+                self._first.append((features, assignment))
         if self._features is not None:
             self._features[torch.from_numpy(self.order[start:stop])] = features.float()
         self._num_added += len(features)
@@ -131,10 +131,11 @@ class SlideSums:
 
     def _plan_the_rest(self) -> None:
         """Draws more where the first part says that tiles move the embedding most."""
-        features, self._first_features = torch.cat(self._first_features), []
-        strata = plan_strata(self._model, self._state, features, self._tile_xy, self.order)
+        features, assignment = (torch.cat(parts) for parts in zip(*self._first, strict=True))
+        self._first = []
+        strata = plan_strata(self._model, self._state, features, assignment, self._tile_xy, self.order)
         self.order, self._drawn = strata.order, DrawnSums(strata, self._model.codebook)
-        self._drawn.add(features, self._model.empty_state().add(features, self._model.codebook), 0)
+        self._drawn.add(features, assignment, 0)
 
     @torch.no_grad()
     def describe(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from .changed_token import Buffers, FirstLayer, refine_in_place
-from .residual_encoder import ResidualEncoder, codeword_scale
+from .residual_encoder import ResidualEncoder, standardize_by_codebook
 from .slide_state import SlideState, fixed_point, from_fixed_point
 
 _MIN_NORM = 1e-6  # of a residual, below which its direction is noise: these tiles take the long way
@@ -100,8 +100,8 @@ class _EncodedSlide:
     def _to_tokens(self, residuals: torch.Tensor, codewords: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Residuals `(n, D)`, float64, of codewords `(n,)` with counts `(n,)` -> tokens `(n, D)`."""
         if self.has_means:
-            mean, spread = codeword_scale(self.encoder.codebook.double())
-            values = (residuals / counts[:, None] + self.encoder.codebook[codewords].double() - mean) / spread
+            codebook = self.encoder.codebook.double()
+            values = standardize_by_codebook(residuals / counts[:, None] + codebook[codewords], codebook)
         else:
             scale = (self.encoder.codebook.numel() / len(self.used)) ** 0.5
             values = residuals / residuals.norm(dim=1, keepdim=True) * scale

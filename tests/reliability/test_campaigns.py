@@ -25,7 +25,7 @@ QUICK = {
 }
 # Those of training share a process, for it imports for as long as they run.
 QUICK_TRAINING = {
-    "train_kills": 4,
+    "train_kills": 100,
     "crash_points": 1,
     "power_loss": 12,
     "damaged_checkpoints": 4,
@@ -38,7 +38,7 @@ QUICK_TRAINING = {
 # What takes longer, where slow tests are, in two halves; `make reliability COUNTS=default` runs the usual counts.
 SLOW_TRAINING = (
     {"train_sabotages": 20, "train_signals": 10, "determinism": 2, "not_finite": 40},
-    {"train_kills": 20, "train_disk_full": 2, "power_loss": 100, "damaged_checkpoints": 40, "pickles": 24},
+    {"train_disk_full": 2, "power_loss": 100, "damaged_checkpoints": 40, "pickles": 24},
 )
 TRAINING = {*QUICK_TRAINING, "train_disk_full", "train_sabotages", "determinism"}
 NEED_ROOT = {"disk_full", "train_disk_full"}
@@ -75,7 +75,7 @@ def test_few_cases_of_training():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("counts", SLOW_TRAINING, ids=["sabotages", "kills"])
+@pytest.mark.parametrize("counts", SLOW_TRAINING, ids=["sabotages", "files"])
 def test_more_cases_of_training(counts):
     check_together(counts)
 

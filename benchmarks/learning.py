@@ -5,6 +5,7 @@
     python -m benchmarks.learning --full --work work        # all arms on 5 seeds, ablations on 3; goes on if killed
     python -m benchmarks.learning --full --work work --arms dre_full no_bank --seeds 0 1 2
     python -m benchmarks.learning --full --work work --write-results   # and benchmarks/results/learning.*
+    python -m benchmarks.learning --full --work work --cue nuclei --seeds 100 --arms dre_full no_bank
 
 Each seed is a cohort of its own (`learning_cohort`), on which every arm (`learning_arms`) is trained with as many
 tiles with gradient, and asked the same on all tiles of the held-out slides (`learning_scores`).
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.learning_arms import ABLATION_ARMS, ARMS, Arm, run_arm, stored_result
-from benchmarks.learning_cohort import CohortSize, write_cohort
+from benchmarks.learning_cohort import CUES, CohortSize, write_cohort
 from benchmarks.learning_report import summarize, write_results
 from benchmarks.learning_scores import Cohort
 
@@ -46,15 +47,19 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for cohorts and finished runs (default: a temporary one)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds, for all arms")
+    parser.add_argument("--cue", choices=CUES, default=CUES[0], help="what tells the subtype in a tile")
     parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=VALUE|VALUE", help="other values of settings")
     parser.add_argument("--finished", action="store_true", help="run nothing: only sum up what is finished in --work")
     parser.add_argument("--write-results", action="store_true", help="write benchmarks/results/learning.*")
     arguments = parser.parse_args()
+    if arguments.write_results and arguments.cue != CUES[0]:
+        parser.error(f"--write-results is for --cue {CUES[0]}, which benchmarks/results is about")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        results = _run(arguments, arguments.work or Path(temporary))
+        work = arguments.work or Path(temporary)
+        results = _run(arguments, work if arguments.cue == CUES[0] else work / arguments.cue)
     summary = summarize(results)
     if arguments.write_results:
         write_results(results, summary, Path(__file__).parent / "results")
@@ -73,9 +78,9 @@ def _run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     if arguments.finished:
         found = [stored_result(name, ARMS[name], seed, work) for name in wanted for seed in seeds[name]]
         return [result for result in found if result is not None]
-    results = []
+    results, size = [], CohortSize(cue=arguments.cue)
     for seed in sorted({seed for own in seeds.values() for seed in own}):
-        cohort = Cohort(write_cohort(work / "cohorts" / f"seed-{seed}", seed, CohortSize()), seed)
+        cohort = Cohort(write_cohort(work / "cohorts" / f"seed-{seed}", seed, size), seed)
         for name in (name for name in wanted if seed in seeds[name]):
             for full_name, arm in _variants(name, arguments.vary):
                 result = run_arm(full_name, arm, cohort, work)

@@ -15,6 +15,8 @@ from benchmarks.learning_scores import Cohort, score
 from modeling_dre_slcl.atomic_files import read_json, write_json
 
 SSL_STEPS = 100
+# Each is trained for as many tiles more than the one before as end-to-end training sees.
+STARTS = ("ssl", "ssl_long", "ssl_longer")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class Arm:
 
     Args:
         kind (`str`): `"engine"`, `"end_to_end"` (ABMIL) or `"frozen"`.
-        start (`str`): the tile encoder's weights: `"random"`, `"ssl"` (self-supervised), or `"ssl_long"` (as long as
-            self-supervision and end-to-end training together).
+        start (`str`): the tile encoder's weights: `"random"`, `"ssl"` (self-supervised), `"ssl_long"` (as long as
+            self-supervision and end-to-end training together), or `"ssl_longer"` (as long as `"ssl_long"` and
+            end-to-end training together).
         settings (`dict`): what differs from `SETTINGS`; of a frozen arm `pooling`, `num_steps` and `learning_rate`.
         supervision (`str`): `"reports"`, `"labels"` or `"none"`.
         changed (`str`, *optional*): as in `train_with_engine`.
@@ -72,6 +75,13 @@ MAIN_ARMS: dict[str, Arm] = {
     "frozen_ssl_long_abmil_labels": _frozen("ssl_long", "attention", "labels", **_LONG_HEAD),
     "end_to_end_abmil_reports": Arm("end_to_end"),
     "end_to_end_abmil_labels": Arm("end_to_end", supervision="labels"),
+    "dre_full_long_start": _engine(start="ssl_long"),
+    "no_bank_long_start": _engine(start="ssl_long", bank_mode="paper", retrieved_per_slide=0),
+    "full_labels_long_start": Arm("engine", "ssl_long", _LABELS, "labels"),
+    "frozen_ssl_long_residual": _engine(start="ssl_long", **_FROZEN_HEAD),
+    "frozen_ssl_longer_mean": _frozen("ssl_longer", "mean", "none"),
+    "frozen_ssl_longer_abmil_reports": _frozen("ssl_longer", "attention", "reports", **_HEAD),
+    "frozen_ssl_longer_abmil_labels": _frozen("ssl_longer", "attention", "labels", **_LONG_HEAD),
     "dre_full_lr_1e-3": _engine(learning_rate=1e-3),
     "no_bank_lr_1e-3": _engine(learning_rate=1e-3, bank_mode="paper", retrieved_per_slide=0),
     "end_to_end_abmil_labels_lr_1e-3": Arm("end_to_end", settings={"learning_rate": 1e-3}, supervision="labels"),
@@ -177,10 +187,8 @@ def _start(arm: Arm, cohort: Cohort, work: Path) -> tuple[str | None, int]:
     """The folder of the tile encoder that an arm starts from, trained if it is not there; and its tiles."""
     if arm.start == "random":
         return None, 0
-    num_steps = SSL_STEPS
-    if arm.start == "ssl_long":
-        tiles = SETTINGS["num_steps"] * SETTINGS["tiles_per_slide"] * SETTINGS["slides_per_batch"]
-        num_steps += tiles // 256
+    tiles_of_training = SETTINGS["num_steps"] * SETTINGS["tiles_per_slide"] * SETTINGS["slides_per_batch"]
+    num_steps = SSL_STEPS + STARTS.index(arm.start) * (tiles_of_training // 256)
     folder = work / "encoders" / f"seed-{cohort.seed}-steps-{num_steps}"
     if not (folder / "counts.json").is_file():
         counts = baselines.pretrain_encoder(cohort, num_steps, folder)

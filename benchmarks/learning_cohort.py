@@ -2,11 +2,16 @@
 """The cohort of `benchmarks.learning`: slides painted tile by tile, their reports, and a slide dataset on disk.
 
 A slide is a bag of 100 to 120 tiles of 24 px. Most are stroma, lymphocytes, necrosis, mucin, fat and benign glands;
-5 to 20% are tumour. Tumour nuclei are as many, as large and as dark whatever the subtype: only their arrangement
-tells it (around a lumen, scattered, in rows), and some tumour tiles of each slide show another subtype's. Benign
-glands, in every slide, are rings too, of small nuclei. Stains differ from slide to slide in colour and strength, which
-tells nothing. Reports are synoptic, as protocols of cancer reporting ask for: the subtype among procedure, site, size
-and margins, which no tile shows, and lymphocytes, necrosis, mucin and grade, which tiles do.
+5 to 20% are tumour. Tumour nuclei are as many, as large and as dark whatever the subtype. `cue` says what tells it:
+
+- by their arrangement alone (around a lumen, scattered, in rows), the largest difference between tumour tiles; or
+- by the nuclei alone (round, spindle-shaped, with a pale centre), a small difference beside their arrangement, which
+  then differs from tile to tile and tells nothing.
+
+Some tumour tiles of each slide show another subtype's. Benign glands, in every slide, are rings of small nuclei.
+Stains differ from slide to slide in colour and strength, which tells nothing. Reports are synoptic, as protocols of
+cancer reporting ask for: the subtype among procedure, site, size and margins, which no tile shows, and lymphocytes,
+necrosis, mucin and grade, which tiles do.
 
 Letters: n tiles, M nuclei of each.
 """
@@ -32,6 +37,7 @@ from modeling_dre_slcl.atomic_files import atomic_folder
 from modeling_dre_slcl.tile_grid import TileGridConfig
 
 TILE_PX, TILE_MPP = 24, 2.0
+CUES = ("arrangement", "nuclei")
 _UNITS = 32  # side of a tile in the units of the numbers below
 KINDS = ("stroma", "lymphocytes", "necrosis", "mucin", "fat", "benign gland", "tumour")
 _JPEG_QUALITY = 95
@@ -50,6 +56,7 @@ class CohortSize:
         purity (`float`): share of the tumour tiles with their slide's own subtype; others show another one's.
         stain_spread (`float`): standard deviation of the logarithm of stain strengths, between slides.
         num_tiles (`tuple[int, int]`): range of the tiles of a slide.
+        cue (`str`): what tells the subtype, of `CUES`.
     """
 
     num_train_cases: int = 128
@@ -58,6 +65,7 @@ class CohortSize:
     purity: float = 0.9
     stain_spread: float = 0.25
     num_tiles: tuple[int, int] = (100, 120)
+    cue: str = "arrangement"
 
 
 def write_cohort(folder: Path, seed: int, size: CohortSize) -> Path:
@@ -180,12 +188,19 @@ def _draw_tissue(
     eosin = eosin + noise[:, None, None] * random.normal(size=(n, TILE_PX, TILE_PX))
     haematoxylin = np.full_like(eosin, 0.05)
     haematoxylin[kinds == KINDS.index("mucin")] += 0.12 * (1 + waves[kinds == KINDS.index("mucin")]) / 2
-    centres, radii, depth = (part.astype(np.float32) for part in _draw_nuclei(case, kinds, size, random))
+    nuclei = (part.astype(np.float32)[..., None, None] for part in _draw_nuclei(case, kinds, size, random))
+    centres, radii, depth, length, tilt, pallor = nuclei
     x, y = (part.astype(np.float32) for part in (x, y))
     for number in range(_NUM_NUCLEI):
-        squares = (x - centres[:, number, 0, None, None]) ** 2 + (y - centres[:, number, 1, None, None]) ** 2
-        inside = (0.5 + radii[:, number, None, None] - np.sqrt(squares)).clip(0, 1)
-        haematoxylin = np.maximum(haematoxylin, inside * depth[:, number, None, None])
+        dx, dy = x - centres[:, number, 0], y - centres[:, number, 1]
+        cos, sin = np.cos(tilt[:, number]), np.sin(tilt[:, number])
+        # An ellipse of the same area, `length` times as long and as thin as the circle.
+        along, across = (cos * dx + sin * dy) / length[:, number], (cos * dy - sin * dx) * length[:, number]
+        distance = np.sqrt(along**2 + across**2)
+        inside = (0.5 + radii[:, number] - distance).clip(0, 1)
+        centre = (0.5 + 0.6 * radii[:, number] - distance).clip(0, 1)
+        amount = depth[:, number] * (inside - pallor[:, number] * centre)
+        haematoxylin = np.maximum(haematoxylin, amount)
     # Fat: a large drop with a thin rim.
     is_fat = kinds == KINDS.index("fat")
     rim = np.abs(np.hypot(x, y) - random.uniform(9, 14, size=(n, 1, 1))) < 1
@@ -195,8 +210,13 @@ def _draw_tissue(
 
 def _draw_nuclei(
     case: CaseTraits, kinds: np.ndarray, size: CohortSize, random: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws nuclei: centres `(n, M, 2)`, radii `(n, M)`, amounts of haematoxylin `(n, M)`; those left out are 0."""
+) -> tuple[np.ndarray, ...]:
+    """Draws nuclei.
+
+    Returns:
+        `tuple`: centres `(n, M, 2)`, radii, amounts of haematoxylin (0: left out), lengths and tilts of ellipses, and
+        pallor of centres, each `(n, M)`.
+    """
     n = len(kinds)
     counts = np.array([3, 15, 14, 1, 1, 11, 12])[kinds]
     mean_radius = np.array([1.6, 1.5, 0.8, 1.4, 1.2, 1.7, 2.0 + 0.25 * case.nuclear_grade])[kinds]
@@ -209,9 +229,18 @@ def _draw_nuclei(
     centres = random.uniform(-15, 15, size=(n, _NUM_NUCLEI, 2))
     for place in np.flatnonzero(kinds == KINDS.index("benign gland")):
         centres[place] = _arrange("tubular", 11, random)
-    for place in np.flatnonzero(kinds == KINDS.index("tumour")):
-        centres[place] = _arrange(names[subtype[place]], 12, random)
-    return centres, radii, depth
+    is_tumour = kinds == KINDS.index("tumour")
+    shown = subtype if size.cue == "arrangement" else random.integers(0, len(names), size=n)
+    for place in np.flatnonzero(is_tumour):
+        centres[place] = _arrange(names[shown[place]], 12, random)
+    length, tilt, pallor = np.ones_like(radii), np.zeros_like(radii), np.zeros_like(radii)
+    if size.cue == "nuclei":
+        tilt = random.uniform(0, np.pi, size=radii.shape)
+        length = np.where((is_tumour & (subtype == 1))[:, None], 1.5 * random.lognormal(0, 0.05, radii.shape), 1.0)
+        is_pale = (is_tumour & (subtype == 2))[:, None]
+        pallor = pallor + np.where(is_pale, 0.8, 0.0)
+        depth = np.where(is_pale, depth * 1.3, depth)  # as dark in all
+    return centres, radii, depth, length, tilt, pallor
 
 
 def _arrange(subtype: str, count: int, random: np.random.Generator) -> np.ndarray:

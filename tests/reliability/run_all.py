@@ -70,8 +70,9 @@ def describe_machine():
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
+    num_cores = len(os.sched_getaffinity(0))
     return (
-        f"{dt.date.today().isoformat()}, commit {commit.stdout.strip()}, {len(os.sched_getaffinity(0))} cores of "
+        f"{dt.date.today().isoformat()}, commit {commit.stdout.strip()}, {num_cores} core{'s' * (num_cores > 1)} of "
         f"{cpus[0]}, {gigabytes} GiB, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}, "
         f"OpenSlide {metadata.version('openslide-bin')}"
     )

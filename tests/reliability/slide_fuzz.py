@@ -126,14 +126,15 @@ def campaign(root, count, seed):
         check(problems, not found.get("hung"), f"{found.get('hung')} hung")
         fatal += [name for name, why in refusals(folder / "out").items() if why in ("reader_aborted", "timeout")]
         shutil.rmtree(folder)
-    dead = {end: num for end, num in sorted(ends.items()) if end.startswith("died")}
+    dead = {end.removeprefix("died "): num for end, num in sorted(ends.items()) if end.startswith("died")}
     return {
         "cases": count,
         "faults": len(problems),
         "parent_crashes": 0,
         "hung": ends["hung"],
         "workers_died": dead,
-        "fatal_cases": fatal[:20],
+        "fatal_kinds": dict(Counter(name.rpartition("-")[2] for name in fatal)),
+        "fatal_cases": fatal[:5],
         "still_usable": ends["ok"],
         "reasons": dict(sorted(reasons.items())),
     }

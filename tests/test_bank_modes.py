@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from dre_slcl.training.config import TrainConfig
@@ -85,7 +86,10 @@ def distance(found, expected, part):
     return (difference / sum(float(expected[name].double().square().sum()) for name in names)) ** 0.5
 
 
-def test_exact_is_the_gradient_through_all_tiles(data, tmp_path):
+# One of several processes has its tensors moved from "cpu" to "cpu:0", which copies them, as a GPU does.
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_exact_is_the_gradient_through_all_tiles(data, tmp_path, monkeypatch, device):
+    monkeypatch.setattr(Accelerator, "device", torch.device(device))
     trainer = make_trainer(data, tmp_path, bank_mode="exact", tiles_per_slide=2)
     loss, found, plan = one_step(trainer)
     expected_loss, expected = all_tiles(trainer, plan)

@@ -123,6 +123,17 @@ def test_order_and_losses_are_those_of_one_process(data, tmp_path, one_process, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_exact_mode_is_that_of_one_process(data, tmp_path):
+    changes = {"bank_mode": "exact", "num_steps": 10}
+    expected_order, expected = run_at(data, tmp_path / "one", 1, **changes)
+    order, losses = run_at(data, tmp_path / "two", 2, **changes)
+    assert order == expected_order
+    assert list(losses) == list(expected) == list(range(1, 11))
+    assert max(abs(losses[step] / loss - 1) for step, loss in expected.items()) < 1e-6
+
+
+@pytest.mark.slow
 def test_a_number_that_cannot_share_the_batch_is_refused_with_those_that_can(data, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

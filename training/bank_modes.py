@@ -61,9 +61,11 @@ class BankMode:
         self.config, self.whole_slides = config, whole_slides
 
     def arguments_on(self, device: torch.device, model: DreSlclModel, tiles: PlannedTiles) -> Arguments:
-        """What `arguments` returns, with its tensors on a device."""
+        """What `arguments` returns, with its tensors on a device, where gradients by them are collected."""
         return {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            name: value.detach().to(device).requires_grad_(value.requires_grad)
+            if isinstance(value, torch.Tensor)
+            else value
             for name, value in self.arguments(model, tiles).items()
         }
 

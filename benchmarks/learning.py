@@ -13,9 +13,10 @@ tiles with gradient, and asked the same on all tiles of the held-out slides (`le
 up, never on those that are reported. A finished run is one JSON below `--work`, and is not repeated as long as its arm
 stays the same.
 
-Figures of the last line: `<arm>_<score>` as [mean, lower, upper] with 95% intervals over seeds; `difference_*` the
-paired differences; `must_hold`: the interval of `headline_arm` lies above those of the best frozen arm and of
-`no_bank`, for each score. Needs torchmil for attention pooling.
+Figures of the last line: `<arm>_<score>` as [mean, lower, upper] with 95% intervals over seeds; `<arm>_minus_*` paired
+differences; `holds`: whether the interval of `dre_full`, or of `dre_full_long_start`, lies above those of the best
+frozen arm of at most its cost and of the same arm without a bank, for each score; `must_hold`: for all of them. Needs
+torchmil for attention pooling.
 
 Ends in one line of JSON.
 """

@@ -87,6 +87,8 @@ MAIN_ARMS: dict[str, Arm] = {
     "end_to_end_abmil_labels_lr_1e-3": Arm("end_to_end", settings={"learning_rate": 1e-3}, supervision="labels"),
     "dre_paper": _engine(bank_mode="paper"),
     "dre_corrected": _engine(bank_mode="corrected"),
+    "dre_two_pass": _engine(bank_mode="two_pass"),
+    "dre_exact": _engine(bank_mode="exact"),
     "full_vlad": _engine(bank_mode="full", model_config={"codeword_tokens": "vlad"}),
     "no_bank_vlad": _engine(bank_mode="paper", retrieved_per_slide=0, model_config={"codeword_tokens": "vlad"}),
     "frozen_ssl_vlad": _engine(**_FROZEN_HEAD, model_config={"codeword_tokens": "vlad"}),
@@ -109,8 +111,6 @@ ABLATION_ARMS: dict[str, Arm] = {
     "corrected_no_drift": _engine("drift", bank_mode="corrected"),
     "full_reports_and_labels": _engine(**{**_LABELS, "objective": "both"}),
     "full_s64": _engine(**_steps_for(64)),
-    "dre_two_pass": _engine(bank_mode="two_pass"),
-    "dre_exact": _engine(bank_mode="exact"),
 }
 ARMS = MAIN_ARMS | ABLATION_ARMS
 

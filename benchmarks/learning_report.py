@@ -21,7 +21,8 @@ from dre_slcl.training.demo.cohort import make_cases
 from dre_slcl.training.demo.report_writer import SUBTYPES
 from modeling_dre_slcl.atomic_files import write_json
 
-HEADLINE_ARM = "dre_full"
+# Each with its own ablation: the same start and budget, without a bank.
+HEADLINE_ARMS = {"dre_full": "no_bank", "dre_full_long_start": "no_bank_long_start"}
 SCORES = {
     "probe_auroc": "probe AUROC",
     "probe_balanced_accuracy": "probe balanced accuracy",
@@ -39,8 +40,8 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         results (`list` of `dict`): from `run_arm`.
 
     Returns:
-        `dict`: `table` (arm -> score -> mean, lower, upper), `differences` (the same for paired differences to the
-        headline arm) and `line`, the figures of the last line.
+        `dict`: `table` (arm -> score -> mean, lower, upper), `differences` (headline arm -> other arm -> score -> the
+        same for paired differences) and `line`, the figures of the last line.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for result in results:
@@ -49,24 +50,41 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     line: dict[str, Any] = {
         f"{name}_{score}": row[score] for name, row in table.items() for score in SCORES if score in row
     }
-    differences: dict[str, dict[str, Any]] = {}
-    for name, runs in by_arm.items():
-        if name != HEADLINE_ARM and HEADLINE_ARM in by_arm:
-            differences[name] = _paired(by_arm[HEADLINE_ARM], runs)
-    held: dict[str, bool] = {}
-    for score in DECIDING:
-        rivals = [name for name in table if name.startswith("frozen") and score in table[name]]
-        best = max(rivals, key=lambda name: table[name][score][0], default=None)
-        for rival in (best, "no_bank" if "no_bank" in table else None):
-            if rival is not None and HEADLINE_ARM in table:
-                what = "no_bank" if rival == "no_bank" else "best_frozen"
-                low, high = table[HEADLINE_ARM][score][1], table[rival][score][2]
-                held[f"{what}_{score}"] = low is not None and high is not None and low > high
-                line[f"difference_to_{what}_{score}"] = differences[rival].get(score)
-        line[f"best_frozen_{score}"] = best
-    line |= {"headline_arm": HEADLINE_ARM, "holds": held, "must_hold": bool(held) and all(held.values())}
+    differences = {
+        headline: {name: _paired(by_arm[headline], runs) for name, runs in by_arm.items() if name != headline}
+        for headline in HEADLINE_ARMS
+        if headline in by_arm
+    }
+    line["holds"] = {headline: _held(headline, table, differences[headline], line) for headline in differences}
+    line["must_hold"] = any(held and all(held.values()) for held in line["holds"].values())
     line["seeds"] = {name: sorted(runs) for name, runs in by_arm.items()}
     return {"table": table, "differences": differences, "line": line}
+
+
+def _held(
+    headline: str, table: dict[str, dict[str, Any]], differences: dict[str, Any], line: dict[str, Any]
+) -> dict[str, bool]:
+    """Whether an arm's intervals lie above its rivals': no bank, and the best frozen arm of at most its cost.
+
+    Adds who the rivals are, and the paired differences, to `line`.
+    """
+    held: dict[str, bool] = {}
+    for score in DECIDING:
+        frozen = [name for name in table if name.startswith("frozen") and score in table[name]]
+        frozen = [name for name in frozen if _cost(table[name]) <= _cost(table[headline])]
+        best = max(frozen, key=lambda name: table[name][score][0], default=None)
+        line[f"{headline}_best_frozen_{score}"] = best
+        for what, rival in (("best_frozen", best), ("no_bank", HEADLINE_ARMS[headline])):
+            if rival in table:
+                low, high = table[headline][score][1], table[rival][score][2]
+                held[f"{what}_{score}"] = low is not None and high is not None and low > high
+                line[f"{headline}_minus_{what}_{score}"] = differences[rival].get(score)
+    return held
+
+
+def _cost(row: dict[str, Any]) -> int:
+    """Tiles encoded with gradient, self-supervised ones among them."""
+    return row["tiles_with_gradient"] + row["ssl_tiles_with_gradient"]
 
 
 def _arm_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def _rounded(values: list[float]) -> list[float | None]:
 
 
 def _paired(headline: dict[int, dict[str, Any]], runs: dict[int, dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Headline arm minus another, seed by seed: mean, lower and upper end of each score."""
+    """A headline arm minus another, seed by seed: mean, lower and upper end of each score."""
     seeds = sorted(set(headline) & set(runs))
     found = {}
     for score in SCORES:
@@ -131,17 +149,17 @@ def write_results(results: list[dict[str, Any]], summary: dict[str, Any], folder
         "",
         f"Cohort: {describe_cohort()} Settings of all arms that encode tiles with gradient: {json.dumps(SETTINGS)}.",
         f"Self-supervision: {SSL_STEPS} steps of 128 tiles in two views; `ssl_long` has as many tiles in all as the",
-        "end-to-end arms. Other settings of each arm: `runs` in learning.json.",
+        "end-to-end arms that start from it, `ssl_longer` as those that start from `ssl_long`. Other settings of each",
+        "arm: `runs` in learning.json.",
         "",
         "Mean over seeds with its 95% interval (Student's t). Tiles with gradient count self-supervision's views.",
         "",
         *_table(summary["table"]),
         "",
-        f"Paired differences, `{HEADLINE_ARM}` minus the other arm, on the same seeds:",
-        "",
-        *_difference_table(summary["differences"]),
-        "",
     ]
+    for headline, differences in summary["differences"].items():
+        lines += [f"Paired differences, `{headline}` minus the other arm, on the same seeds:", ""]
+        lines += [*_difference_table(differences), ""]
     (folder / "learning.md").write_text("\n".join(lines), encoding="utf-8")
     draw_arms(summary["table"], folder / "learning_arms.png")
     draw_tiles(folder / "learning_tiles.png")
@@ -166,9 +184,8 @@ def _table(table: dict[str, dict[str, Any]]) -> list[str]:
     heads = [*SCORES.values(), "tiles with gradient (of them self-supervised)", "without", "CPU s", "seeds"]
     lines = [f"| arm | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
     for name, row in table.items():
-        own, shown = row["tiles_with_gradient"], row["ssl_tiles_with_gradient"]
         cells = [_cell(row.get(score)) for score in SCORES]
-        cells += [f"{own + shown:,} ({shown:,})", f"{row['tiles_without_gradient']:,}"]
+        cells += [f"{_cost(row):,} ({row['ssl_tiles_with_gradient']:,})", f"{row['tiles_without_gradient']:,}"]
         lines.append(f"| `{name}` | {' | '.join([*cells, str(row['cpu_seconds']), str(row['num_seeds'])])} |")
     return lines
 
@@ -197,7 +214,7 @@ def draw_arms(table: dict[str, dict[str, Any]], path: Path) -> None:
             if score not in table[name]:
                 continue
             mean, low, high = table[name][score]
-            kind = "C0" if name == HEADLINE_ARM else "C7" if name.startswith("frozen") else "C1"
+            kind = "C0" if name in HEADLINE_ARMS else "C7" if name.startswith("frozen") else "C1"
             kind = "C3" if name.startswith(("no_bank", "end_to_end")) else kind
             if low is not None:
                 axis.plot([low, high], [place, place], color=kind, linewidth=2)

@@ -63,6 +63,8 @@ def many_slides(root, count, problems):
 
 
 def campaign(root, count, seed):
+    if count <= WARM_SLIDES:
+        raise SystemExit(f"--count {count}: give more than {WARM_SLIDES}, after which growth is looked at")
     problems = []
     peaks = huge_slides(root, problems)
     growth, open_files = many_slides(root / "many", count, problems)

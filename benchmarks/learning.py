@@ -2,7 +2,7 @@
 """What DRE-SLCL's parts are worth: held-out quality of slide embeddings at the same number of encoded tiles.
 
     python -m benchmarks.learning                           # a few arms, one seed, under 4 minutes on 2 quiet cores
-    python -m benchmarks.learning --full --work work        # all arms on 5 seeds, ablations on 3; goes on if killed
+    python -m benchmarks.learning --full --work work        # all arms on 5 seeds; goes on if killed
     python -m benchmarks.learning --full --work work --arms dre_full no_bank --seeds 0 1 2
     python -m benchmarks.learning --full --work work --write-results   # and benchmarks/results/learning.*
     python -m benchmarks.learning --full --work work --cue nuclei --seeds 100 --arms dre_full no_bank
@@ -31,20 +31,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning_arms import ABLATION_ARMS, ARMS, Arm, run_arm, stored_result
+from benchmarks.learning_arms import ARMS, Arm, run_arm, stored_result
 from benchmarks.learning_cohort import CUES, CohortSize, write_cohort
 from benchmarks.learning_report import summarize, write_results
 from benchmarks.learning_scores import Cohort
 
 logger = logging.getLogger("benchmarks.learning")
 _SMALL_ARMS = ("frozen_ssl_mean", "frozen_ssl_abmil_labels", "no_bank", "dre_full")
-_MAIN_SEEDS, _ABLATION_SEEDS = range(5), range(3)
+_FULL_SEEDS = range(5)
 
 
 def main() -> int:
     """Runs the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="all arms: the main ones on 5 seeds, ablations on 3")
+    parser.add_argument("--full", action="store_true", help="all arms on 5 seeds")
     parser.add_argument("--work", type=Path, help="folder for cohorts and finished runs (default: a temporary one)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds, for all arms")
@@ -71,18 +71,14 @@ def main() -> int:
 def _run(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Runs what the arguments say, seed by seed; returns a result for each run."""
     wanted = arguments.arms or (list(ARMS) if arguments.full else list(_SMALL_ARMS))
-    seeds = {
-        name: arguments.seeds
-        or ([0] if not arguments.full else _ABLATION_SEEDS if name in ABLATION_ARMS else _MAIN_SEEDS)
-        for name in wanted
-    }
+    seeds = arguments.seeds or (list(_FULL_SEEDS) if arguments.full else [0])
     if arguments.finished:
-        found = [stored_result(name, ARMS[name], seed, work) for name in wanted for seed in seeds[name]]
+        found = [stored_result(name, ARMS[name], seed, work) for name in wanted for seed in seeds]
         return [result for result in found if result is not None]
     results, size = [], CohortSize(cue=arguments.cue)
-    for seed in sorted({seed for own in seeds.values() for seed in own}):
+    for seed in seeds:
         cohort = Cohort(write_cohort(work / "cohorts" / f"seed-{seed}", seed, size), seed)
-        for name in (name for name in wanted if seed in seeds[name]):
+        for name in wanted:
             for full_name, arm in _variants(name, arguments.vary):
                 result = run_arm(full_name, arm, cohort, work)
                 scores = ", ".join(f"{score} {value:.3f}" for score, value in result["scores"].items())

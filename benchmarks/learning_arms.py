@@ -62,7 +62,7 @@ _LABELS = {"objective": "labels", "label_columns": ["subtype"]}
 _HEAD = {"num_steps": 600, "learning_rate": 1e-3}
 _LONG_HEAD = {"num_steps": 1500, "learning_rate": 3e-4}
 _FROZEN_HEAD = {"train_tile_encoder": False, "num_steps": 1}
-MAIN_ARMS: dict[str, Arm] = {
+ARMS: dict[str, Arm] = {
     "dre_full": _engine(bank_mode="full"),
     "no_bank": _engine(bank_mode="paper", retrieved_per_slide=0),
     "frozen_ssl_mean": _frozen("ssl", "mean", "none"),
@@ -96,8 +96,6 @@ MAIN_ARMS: dict[str, Arm] = {
     "frozen_random_abmil_reports": _frozen("random", "attention", "reports", **_HEAD),
     "frozen_random_abmil_labels": _frozen("random", "attention", "labels", **_LONG_HEAD),
     "frozen_random_residual": _engine(start="random", **_FROZEN_HEAD),
-}
-ABLATION_ARMS: dict[str, Arm] = {
     "full_k4": _engine(model_config={"num_codewords": 4}),
     "full_k64": _engine(model_config={"num_codewords": 64}),
     "full_no_transformer": _engine(model_config={"num_hidden_layers": 0}),
@@ -112,7 +110,6 @@ ABLATION_ARMS: dict[str, Arm] = {
     "full_reports_and_labels": _engine(**{**_LABELS, "objective": "both"}),
     "full_s64": _engine(**_steps_for(64)),
 }
-ARMS = MAIN_ARMS | ABLATION_ARMS
 
 
 def stored_result(name: str, arm: Arm, seed: int, work: Path) -> dict[str, Any] | None:
